@@ -1,0 +1,251 @@
+"""Every setting, typed, with its default and its source; one dataclass per component.
+
+Names are flat: the field ``noise_rate``, the flag ``--noise-rate``, the YAML key ``noise_rate`` and the keyword
+``fastadvisor.train(noise_rate=0.4)`` are the same setting. ``Config`` inherits from the components, so a component takes
+its own dataclass and may be handed the whole configuration.
+
+Layers, later ones win: the defaults below, the data set's recipe (``recipes/<dataset>.yaml``), the file or recipe
+named by ``config``, flags or keywords.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from fastadvisor import recipes
+from fastadvisor.errors import UserError, nearest
+
+Count = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass
+class DataConfig:
+    """Which images, and what is done to their labels (method.md, "Data protocols"; paper 4.1)."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder"] = "digits"
+    """Data set. digits comes along; the others are read from --data-root."""
+    data_root: str | None = None
+    """Folder of the data set. imagefolder: ROOT/train/<class>, ROOT/test/<class> and, if you have it, ROOT/meta/<class>."""
+    download: bool = False
+    """cifar10, cifar100: fetch the archive into --data-root if it is not there."""
+    image_size: Count | None = None
+    """imagefolder: side in pixels images are resized and cropped to; none: the images' own median, at most 224."""
+    imbalance_factor: Annotated[float, Field(ge=1)] = 1.0
+    """Long tail: size of the largest class over the smallest, exponential profile; 1 leaves the classes alone."""
+    noise: Literal["none", "flip", "flip2", "semantic", "uniform", "hierarchical"] = "none"
+    """Label noise to inject."""
+    noise_rate: Fraction = 0.0
+    """Probability that a training label is corrupted."""
+    flip_map: tuple[int, ...] | None = None
+    """flip: for each class the class its labels turn into; none: the customary map (numpy legacy generator, seed 1)."""
+    noise_before_imbalance: bool = False
+    """Corrupt the labels before the long tail is cut (by the corrupted label) instead of after."""
+    labels: str | None = None
+    """File with one label per training image in data-set order (.npy, .csv, .txt, .pt), in place of generated noise."""
+    meta_per_class: Count = 10
+    """Clean images a class held out as the meta-set (unused where the data set brings its own)."""
+
+
+@dataclass
+class LoaderConfig:
+    """How batches are made."""
+
+    loader: Literal["auto", "resident"] = "auto"
+    """Loader. resident: all images as uint8 in device memory."""
+    batch_size: Count = 128
+    """Training images a step."""
+    meta_batch_size: Count | None = None
+    """Meta images a step; none: as the training batch, at most the whole meta-set."""
+    crop_padding: Annotated[int, Field(ge=0)] = 4
+    """Augmentation: reflect-pad by this many pixels and crop back at random."""
+    horizontal_flip: bool = True
+    """Augmentation: mirror half the images."""
+
+
+@dataclass
+class ModelConfig:
+    """The classifier."""
+
+    model: str = "resnet32"
+    """CIFAR ResNets resnet8/14/20/32/44/56, resnet18-cifar, resnet10, any torchvision classifier, or timm/<name>."""
+    pretrained: bool = False
+    """Start from the library's weights (torchvision, timm)."""
+
+
+@dataclass
+class MethodConfig:
+    """The method and its advisor (paper 3.3 to 3.5, 4.2)."""
+
+    method: str = "mfrw-mes"
+    """mfrw, mes, mfrw-mes, mw-net, or a floor: ce, meta-only, finetune."""
+    advisor_width: Count = 100
+    """Size of each embedding of the advisor (paper 4.2)."""
+    advisor_lr: Positive | None = None
+    """Adam learning rate of the advisor; none: the method's own (advisor networks 1e-4, mw-net 1e-3)."""
+    advisor_weight_decay: NonNegative | None = None
+    """Adam weight decay of the advisor; none: the method's own (advisor networks 0, mw-net 1e-4)."""
+    beta_probability: Fraction = 0.9
+    """mes: probability rho that beta is 1 (paper 4.2)."""
+    beta_draw: Literal["class", "sample", "batch", "expected"] = "class"
+    """mes: what one draw of beta covers; expected: beta is rho itself."""
+    weight_normalization: Literal["none", "sum"] = "none"
+    """mw-net: none for label noise (mean of weighted losses), sum for long tails (weights sum to 1)."""
+    finetune_fraction: Fraction = 0.2
+    """finetune: last part of the epochs, spent on the meta-set."""
+    finetune_lr_factor: Positive = 0.1
+    """finetune: learning rate of that part, over --lr."""
+
+
+@dataclass
+class MetaConfig:
+    """The meta-gradient (design: metagrad/README.md)."""
+
+    meta_engine: Literal["forward", "reference"] = "forward"
+    """Exact engine. forward: one forward-mode pass; reference: double backward, the slow oracle."""
+    approx_meta: bool = False
+    """Approximate: differentiate only through the top stages of the backbone."""
+    approx_stages: Count = 1
+    """--approx-meta: number of top stages that count."""
+    virtual_step: Literal["sgd", "optimizer"] = "sgd"
+    """Virtual-Train. sgd: plain SGD at the current rate; optimizer: with its momentum and weight decay."""
+
+
+@dataclass
+class OptimizerConfig:
+    """SGD on the classifier, and its schedule."""
+
+    epochs: Count = 200
+    """Passes over the training set."""
+    lr: Positive = 0.1
+    """Learning rate at the start."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD momentum."""
+    weight_decay: NonNegative = 5e-4
+    """SGD weight decay."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Learning-rate schedule."""
+    milestones: tuple[Fraction, ...] = (0.8, 0.9)
+    """step: where the rate drops, as fractions of the run, so that a shorter run keeps its shape."""
+    lr_decay: Fraction = 0.1
+    """step: factor at each milestone."""
+
+
+@dataclass
+class RunConfig:
+    """Where and how it runs."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything: meta-set, long tail, noise, weights, data order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device."""
+    amp: bool = False
+    """bfloat16 autocast."""
+    output: str | None = None
+    """Run folder; none: a new one under runs/."""
+    resume: bool = False
+    """Continue the run in --output from its last.pt."""
+    eval_batch_size: Count = 500
+    """Images a forward pass when testing."""
+    progress: bool = True
+    """Progress bar."""
+    tensorboard: bool = True
+    """TensorBoard files in the run folder, where tensorboard is installed."""
+
+
+@dataclass
+class Config(RunConfig, OptimizerConfig, MetaConfig, MethodConfig, ModelConfig, LoaderConfig, DataConfig):
+    """Everything ``fastadvisor train`` can be told."""
+
+
+@dataclass
+class CompareConfig(Config):
+    """``fastadvisor compare``: the settings of train, for several methods and seeds."""
+
+    methods: str = "ce,meta-only,mw-net,mfrw-mes"
+    """Methods to compare, separated by commas."""
+    seeds: Count = 1
+    """Runs a method, with seeds --seed, --seed + 1, ..."""
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read_layer(name: str) -> dict[str, Any]:
+    """Read one YAML layer: a recipe by name (``cifar-flip``) or a file by path.
+
+    Raises:
+        UserError: no such recipe or file, or not a mapping of keys to values.
+    """
+    if name in recipes.names():
+        text = recipes.read(name)
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            f"No recipe or file {name!r}.{nearest(name, recipes.names())} Recipes: {', '.join(recipes.names())}."
+        )
+    try:
+        layer = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not readable as YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(layer, dict):
+        raise UserError(f"{name} must hold lines of 'key: value', as in 'epochs: 30'.")
+    return layer
+
+
+def resolve(kind: type[C], config: str | None = None, /, origin: str = "", **overrides: Any) -> C:
+    """Build a configuration from its layers (see the module's docstring).
+
+    Args:
+        kind: ``Config`` or ``CompareConfig``.
+        config: a recipe's name or a YAML file.
+        origin: what ``overrides`` are called in messages.
+        overrides: settings that win over the file.
+
+    Raises:
+        UserError: an unknown recipe or key (names the nearest one), or a value of the wrong type or out of range.
+    """
+    layer = read_layer(config) if config is not None else {}
+    check_keys(kind, layer, f" in {config}")
+    check_keys(kind, overrides, origin)
+    dataset = overrides.get("dataset", layer.get("dataset", DataConfig.dataset))
+    base = read_layer(dataset) if dataset in recipes.names() else {}
+    return validated(kind, {**base, **layer, **overrides}, origin if config is None else f" (from {config})")
+
+
+def check_keys(kind: type[Config], layer: Mapping[Any, Any], origin: str) -> None:
+    """Raise a UserError that names the nearest key if ``layer`` holds one that ``kind`` does not have."""
+    known = [field.name for field in fields(kind)]
+    for key in layer:
+        if key not in known:
+            near = nearest(str(key).replace("-", "_"), known)
+            raise UserError(f"Unknown key {str(key)!r}{origin}.{near} 'fastadvisor train --help' lists them all.")
+
+
+def validated(kind: type[C], values: Mapping[str, Any], origin: str = "") -> C:
+    """Return ``kind`` with ``values``, checked against the types and ranges above.
+
+    Raises:
+        UserError: the first value of the wrong type or out of range.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, message = ".".join(str(part) for part in first["loc"][:1]), first["msg"]
+        reason = message[0].lower() + message[1:]
+        raise UserError(f"{key} = {values.get(key)!r}{origin}: {reason}.") from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as plain values that YAML and JSON take."""
+    values = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -1,0 +1,17 @@
+"""The one exception that reaches a user."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence that names the thing and the way out.
+
+    The command line prints it without a traceback and exits with status 2; from Python it is an ordinary exception.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the closest entry of ``known``, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
