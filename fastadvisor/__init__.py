@@ -1,0 +1,33 @@
+"""fastadvisor: train image classifiers on wrong labels and unequal classes."""
+
+from typing import TYPE_CHECKING, Any
+
+from fastadvisor.version import __version__
+
+if TYPE_CHECKING:
+    from fastadvisor.compare import compare
+    from fastadvisor.config import Config
+    from fastadvisor.errors import UserError
+    from fastadvisor.evaluation import evaluate_run as evaluate
+    from fastadvisor.trainer import TrainResult, train
+
+__all__ = ["Config", "TrainResult", "UserError", "__version__", "compare", "evaluate", "train"]
+
+_HOMES = {
+    "Config": ("fastadvisor.config", "Config"),
+    "TrainResult": ("fastadvisor.trainer", "TrainResult"),
+    "UserError": ("fastadvisor.errors", "UserError"),
+    "compare": ("fastadvisor.compare", "compare"),
+    "evaluate": ("fastadvisor.evaluation", "evaluate_run"),
+    "train": ("fastadvisor.trainer", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that the command line can answer ``--help`` without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastadvisor' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

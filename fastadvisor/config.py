@@ -9,6 +9,7 @@ named by ``config``, flags or keywords.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,8 +23,8 @@ from fastadvisor.errors import UserError, nearest
 
 Count = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -38,7 +39,7 @@ class DataConfig:
     """cifar10, cifar100: fetch the archive into --data-root if it is not there."""
     image_size: Count | None = None
     """imagefolder: side in pixels images are resized and cropped to; none: the images' own median, at most 224."""
-    imbalance_factor: Annotated[float, Field(ge=1)] = 1.0
+    imbalance_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     """Long tail: size of the largest class over the smallest, exponential profile; 1 leaves the classes alone."""
     noise: Literal["none", "flip", "flip2", "semantic", "uniform", "hierarchical"] = "none"
     """Label noise to inject."""
@@ -187,11 +188,12 @@ def read_layer(name: str) -> dict[str, Any]:
     if name in recipes.names():
         text = recipes.read(name)
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name} cannot be read as text ({error}); --config takes a recipe or a YAML file.") from None
     else:
-        raise UserError(
-            f"No recipe or file {name!r}.{nearest(name, recipes.names())} Recipes: {', '.join(recipes.names())}."
-        )
+        raise UserError(f"No recipe or file {name!r}.{nearest(name, recipes.names())} Recipes: {', '.join(recipes.names())}.")
     try:
         layer = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -218,7 +220,15 @@ def resolve(kind: type[C], config: str | None = None, /, origin: str = "", **ove
     check_keys(kind, overrides, origin)
     dataset = overrides.get("dataset", layer.get("dataset", DataConfig.dataset))
     base = read_layer(dataset) if dataset in recipes.names() else {}
-    return validated(kind, {**base, **layer, **overrides}, origin if config is None else f" (from {config})")
+    values = {**base, **without_noise(layer), **without_noise(overrides)}
+    return validated(kind, values, origin if config is None else f" (from {config})")
+
+
+def without_noise(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``layer``; where it turns noise off, or brings labels in its place, with the rate of the layers below undone."""
+    if layer.get("labels") is not None and "noise" not in layer:
+        return {"noise": "none", "noise_rate": 0.0, **layer}
+    return {"noise_rate": 0.0, **layer} if layer.get("noise") == "none" else dict(layer)
 
 
 def check_keys(kind: type[Config], layer: Mapping[Any, Any], origin: str) -> None:
@@ -242,7 +252,8 @@ def validated(kind: type[C], values: Mapping[str, Any], origin: str = "") -> C:
         first = error.errors()[0]
         key, message = ".".join(str(part) for part in first["loc"][:1]), first["msg"]
         reason = message[0].lower() + message[1:]
-        raise UserError(f"{key} = {values.get(key)!r}{origin}: {reason}.") from None
+        allowed = re.findall(r"'(.*?)'", reason) if first["type"] == "literal_error" else []
+        raise UserError(f"{key} = {values.get(key)!r}{origin}: {reason}.{nearest(str(values.get(key)), allowed)}") from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,0 +1,251 @@
+"""The command line: ``fastadvisor train | compare | evaluate | recipes | env``.
+
+Flags are the fields of ``config.Config``. Whatever a user can put right ends as one sentence on stderr, exit status 2.
+Heavy modules (torch) are imported by the command that needs them: ``--help`` and a mistyped flag answer at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from fastadvisor import config, recipes
+from fastadvisor.errors import UserError, nearest
+from fastadvisor.version import __version__
+
+C = TypeVar("C", bound=config.Config)
+DECIDE_DEFAULTS = ("dataset", "noise", "labels")
+"""Flags that other settings' defaults depend on (``config.resolve``), so they are read before the rest."""
+
+HELP = """\
+usage: fastadvisor COMMAND [flags]
+
+Train image classifiers on wrong labels and unequal classes.
+
+commands:
+  train      train one classifier; without flags on the data set that comes along (under a minute on two CPU cores)
+  compare    train with several methods and seeds, and print a table
+  evaluate   test a finished run again
+  recipes    list the settings that come along, for --config
+  env        print versions, the device, and which optional parts are active
+
+'fastadvisor COMMAND --help' lists a command's flags; 'fastadvisor --version' prints the version.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one sentence instead of the usage and a message."""
+
+    def __init__(self, prog: str, description: str = "", add_help: bool = True) -> None:
+        super().__init__(prog=prog, description=description, add_help=add_help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a UserError."""
+        raise UserError(f"{message[0].upper()}{message[1:]}; see '{self.prog} --help'.")
+
+    def parse_all(self, args: Sequence[str]) -> argparse.Namespace:
+        """Parse ``args``; what is left over raises a UserError that names the nearest flag."""
+        values, left = self.parse_known_args(args)
+        check_flags(left, [flag for flag in self._option_string_actions if flag.startswith("--")])
+        if left:
+            raise UserError(f"Unexpected argument {left[0]!r}; see '{self.prog} --help'.")
+        return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(args)
+    except UserError as error:
+        print(f"fastadvisor: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastadvisor: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fastadvisor recipes | head`: the reader has left, and the interpreter would flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def dispatch(args: list[str]) -> int:
+    """Find the command and run it."""
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": run_train,
+        "compare": run_compare,
+        "evaluate": run_evaluate,
+        "recipes": run_recipes,
+        "env": run_env,
+    }
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+    elif args[0] == "--version":
+        print(f"fastadvisor {__version__}")
+    elif args[0] in commands:
+        try:
+            commands[args[0]](args[1:])
+        except SystemExit as stop:  # the parsers' own way out after --help
+            return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    elif args[0].startswith("-"):
+        raise UserError(f"The command comes before the flags, as in 'fastadvisor train {args[0]}'.")
+    else:
+        raise UserError(f"Unknown command {args[0]!r}.{nearest(args[0], commands)} Commands: {', '.join(commands)}.")
+    return 0
+
+
+def run_train(args: list[str]) -> None:
+    """``fastadvisor train``."""
+    settings = parse_config(config.Config, "train", "Train one classifier.", args)
+    from fastadvisor.trainer import train_config
+
+    train_config(settings)
+
+
+def run_compare(args: list[str]) -> None:
+    """``fastadvisor compare``."""
+    settings = parse_config(config.CompareConfig, "compare", "Train with several methods and print a table.", args)
+    from fastadvisor.compare import compare_config
+
+    compare_config(settings)
+
+
+def run_evaluate(args: list[str]) -> None:
+    """``fastadvisor evaluate``."""
+    parser = Parser("fastadvisor evaluate", "Test a finished run again.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("--checkpoint", choices=("model", "best"), default="model", help="weights (default: model)")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data set, if it has moved since")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    flags = parser.parse_all(args)
+    from fastadvisor.evaluation import evaluate_run
+
+    result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
+    print(json.dumps(result, indent=2) if flags.json else table(result_rows(result)))
+
+
+def run_recipes(args: list[str]) -> None:
+    """``fastadvisor recipes``."""
+    Parser("fastadvisor recipes", "List the settings that come along, for --config.").parse_all(args)
+    print(table(recipe_rows()))
+
+
+def run_env(args: list[str]) -> None:
+    """``fastadvisor env``."""
+    Parser("fastadvisor env", "Print versions, the device, and which optional parts are active.").parse_all(args)
+    from fastadvisor.runtime.environment import environment, optional_parts
+
+    print(table((name, "none" if value is None else str(value)) for name, value in environment().items()))
+    print("\noptional parts")
+    print(table((name, "active" if active else "inactive", why) for name, active, why in optional_parts()))
+
+
+def parse_config(kind: type[C], command: str, description: str, args: list[str]) -> C:
+    """Build a command's configuration from its flags, on top of ``--config`` and the data set's recipe.
+
+    Raises:
+        UserError: an unknown flag (names the nearest one), or a bad value.
+    """
+    pre = Parser(f"fastadvisor {command}", add_help=False)
+    pre.add_argument("--config", metavar="RECIPE|FILE")
+    for name in DECIDE_DEFAULTS:
+        pre.add_argument(f"--{name}")
+    known, rest = pre.parse_known_args(args)
+    switches = [field.name for field in dataclasses.fields(kind) if field.type is bool]
+    names = [field.name for field in dataclasses.fields(kind)] + [f"no_{name}" for name in switches]
+    check_flags(rest, ["--help", "--config", *(f"--{name.replace('_', '-')}" for name in names)])
+    check_switches(rest, switches)
+    chosen = {name: value for name in DECIDE_DEFAULTS if (value := getattr(known, name)) is not None}
+    base = config.resolve(kind, known.config, **{name: value for name, value in chosen.items() if value != "None"})
+    rest += [part for name, value in chosen.items() for part in (f"--{name}", value)]  # typed and checked with the others
+    return config.validated(kind, dataclasses.asdict(parse_flags(kind, base, command, description, rest)))
+
+
+def check_flags(args: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a UserError that names the nearest flag for the first ``--flag`` in ``args`` that is not in ``known``."""
+    for arg in args:
+        flag = arg.partition("=")[0].replace("_", "-")
+        if arg.startswith("--") and arg != "--" and flag not in known:
+            raise UserError(f"Unknown flag {arg.partition('=')[0]}.{nearest(flag, known)}")
+
+
+def check_switches(args: Iterable[str], switches: Sequence[str]) -> None:
+    """Raise a UserError for ``--amp=true``: switches take no value, and tyro's message names only the value."""
+    for arg in args:
+        flag, equals, _ = arg.partition("=")
+        name = flag.removeprefix("--").replace("_", "-").removeprefix("no-")
+        if equals and name.replace("-", "_") in switches:
+            raise UserError(f"{flag} takes no value; write --{name} or --no-{name}.")
+
+
+def parse_flags(kind: type[C], base: C, command: str, description: str, args: list[str]) -> C:
+    """Read the flags with tyro, whose defaults are ``base``; its boxed message becomes one sentence.
+
+    Raises:
+        UserError: a missing value, a bad choice or number, or an argument that belongs to no flag.
+    """
+    prog = f"fastadvisor {command}"
+    if "-h" in args or "--help" in args:  # printed straight to the terminal, at its width and in its colours
+        listed = "\n".join(f"  {name}: {line}" for name, line in recipe_rows())
+        text = f"{description}\n\n--config RECIPE|FILE: settings of a recipe or a YAML file; flags win. Recipes:\n{listed}"
+        return tyro.cli(kind, default=base, args=args, prog=prog, description=text)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, default=base, args=args, prog=prog)
+    except SystemExit:
+        raise UserError(f"{sentence(printed.getvalue())} See '{prog} --help'.") from None
+
+
+def sentence(box: str) -> str:
+    """Return the message in what tyro prints: the paragraph under the title, without the frame."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in box.strip().splitlines()[1:]]
+    lines = [re.sub(r"^[-─╭╮╰╯├┤]{4,}$", "", line).strip() for line in lines]
+    paragraph = re.split(r"\n{2,}", "\n".join(lines).strip())[0]
+    # Titles vary with tyro's version; so does the frame. The first paragraph is the message in all of them.
+    text = " ".join(paragraph.split()).removeprefix("Error parsing ").rstrip(".") or "The flags could not be read"
+    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number", text)
+    text = re.sub(r"could not convert string to float: ('.*')", r"\1 is not a number", text)
+    text = re.sub(r"no type matching (.*) could be instantiated from \[(.*)\]", r"\2 is not of the form \1", text)
+    choice = re.search(r"invalid choice '(.*?)' .*?\((.*)\)", text)
+    near = nearest(choice[1], re.findall(r"'(.*?)'", choice[2])) if choice else ""
+    return f"{text[0].upper()}{text[1:]}.{near}"
+
+
+def recipe_rows() -> list[tuple[str, str]]:
+    """Return each recipe's name and the comment in its first line."""
+    return [(name, recipes.read(name).partition("\n")[0].removeprefix("#").strip()) for name in recipes.names()]
+
+
+def result_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the lines of the table for what ``evaluate_run`` found; what is None is left out."""
+    rows: list[tuple[str, ...]] = []
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            rows += [(f"{key} {name}", number(part)) for name, part in value.items() if part is not None]
+        elif isinstance(value, list | tuple):
+            rows += [(f"{key} {index}", number(part)) for index, part in enumerate(value) if part is not None]
+        elif value is not None:
+            rows.append((key, number(value)))
+    return rows
+
+
+def number(value: object) -> str:
+    """Return floats with two decimals, anything else as it is."""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Return ``rows`` as lines with aligned columns."""
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,114 @@
+"""Several methods and seeds in one go, side by side."""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastadvisor.config import CompareConfig, Config, resolve, to_dict
+from fastadvisor.data import load_source
+from fastadvisor.errors import UserError
+from fastadvisor.methods import check_method
+from fastadvisor.models import check_model
+from fastadvisor.runtime.environment import environment
+from fastadvisor.runtime.run_folder import write_text
+from fastadvisor.trainer import train_config
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "last": lambda summary: summary["test_top1"]["last"],
+    "peak": lambda summary: summary["test_top1"]["peak"],
+    "mean_last5": lambda summary: summary["test_top1"]["mean_last5"],
+    "step_ms": lambda summary: summary["step_ms_median"],
+}
+
+
+def compare(config: str | None = None, /, **settings: Any) -> dict[str, Any]:
+    """Train several methods with several seeds; every setting of :class:`CompareConfig` is a keyword.
+
+    Args:
+        config: a recipe's name or a YAML file that the keywords win over.
+        **settings: as ``methods="ce,mfrw-mes", seeds=3, noise="flip", noise_rate=0.4``.
+
+    Returns:
+        The content of ``compare.json``.
+    """
+    return compare_config(resolve(CompareConfig, config, **settings))
+
+
+def compare_config(config: CompareConfig) -> dict[str, Any]:
+    """Train every method of ``config.methods`` with every seed, print the table, write ``compare.json``.
+
+    With ``resume``, finished runs are taken as they are and the one that was cut off continues.
+
+    Raises:
+        UserError: an unknown method or model, or an output folder that holds something already.
+    """
+    methods = [name.strip() for name in config.methods.split(",") if name.strip()]
+    if not methods:
+        raise UserError("--methods names none; give some, as in --methods ce,meta-only,mfrw-mes.")
+    for name in methods:
+        check_method(name)
+    check_model(config.model)
+    folder = _folder(config)
+    source = load_source(config)
+    rows = []
+    for method in dict.fromkeys(methods):
+        summaries = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            run = folder / f"{method}-seed{seed}"
+            finished = run / "summary.json"
+            if config.resume and finished.is_file():
+                summaries.append(json.loads(finished.read_text()))
+                continue
+            resume = config.resume and (run / "last.pt").is_file()
+            summaries.append(train_config(_run_config(config, method, seed, run, resume), source).summary)
+        rows.append({"method": method, **_statistics(summaries), "runs": summaries})
+        # After every method, so that a comparison that is cut off leaves what it has.
+        result = {"config": to_dict(config), "rows": rows, "versions": environment()}
+        write_text(folder / "compare.json", json.dumps(result, indent=2) + "\n")
+    print(table(rows), f"\nRuns and compare.json are in {folder}.")
+    return result
+
+
+def _run_config(config: CompareConfig, method: str, seed: int, run: Path, resume: bool) -> Config:
+    settings = {field.name: getattr(config, field.name) for field in fields(Config)}
+    return replace(Config(**settings), method=method, seed=seed, output=str(run), resume=resume)
+
+
+def _folder(config: CompareConfig) -> Path:
+    default = f"runs/{datetime.now():%Y%m%d-%H%M%S}-compare-{config.dataset}"
+    folder = Path(default if config.output is None else config.output)
+    if config.resume and config.output is None:
+        raise UserError("--resume continues the comparison in a folder; name it with --output.")
+    if folder.is_file():
+        raise UserError(f"--output {folder} is a file; name a folder.")
+    if not config.resume and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"Output folder {folder} is not empty; choose another --output, or add --resume to continue it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _statistics(summaries: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation of each column; the deviation of one run is None."""
+    columns = {name: [read(summary) for summary in summaries] for name, read in COLUMNS.items()}
+    return {
+        name: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+        for name, values in columns.items()
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a Markdown table: mean ± deviation over the seeds, accuracies in percent."""
+
+    def cell(value: dict[str, float | None], digits: int) -> str:
+        spread = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
+        return f"{value['mean']:.{digits}f}{spread}"
+
+    lines = ["", "| method | last | peak | mean of last five | ms a step |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [cell(row[name], 1) for name in COLUMNS]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return "\n".join(lines)

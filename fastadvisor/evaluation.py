@@ -1,0 +1,129 @@
+"""Accuracy of a classifier: top-1, top-5, per class, and for many-, medium- and few-shot classes."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadvisor.config import Config, resolve
+from fastadvisor.data import TrainingData, load_source, prepare
+from fastadvisor.data.augment import normalize
+from fastadvisor.errors import UserError
+from fastadvisor.metagrad import Precision
+from fastadvisor.models import build_model
+from fastadvisor.runtime import checkpoint as checkpoints
+from fastadvisor.runtime.precision import autocast, pick_device
+
+MANY, FEW = 100, 20
+"""Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""
+
+
+@dataclass
+class Accuracy:
+    """In percent of the test images."""
+
+    top1: float
+    top5: float
+    """Among the five largest logits (all of them where there are fewer classes)."""
+    per_class_top1: list[float | None]
+    """By class, None where a class has no test images."""
+    many_medium_few: dict[str, float | None]
+    """Mean of per-class accuracies over the classes with many, medium and few training images; None of no classes."""
+
+
+def accuracy(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    data: TrainingData,
+    *,
+    batch_size: int,
+    precision: Precision,
+) -> Accuracy:
+    """Test ``model`` in evaluation mode, and leave it in the mode it was in.
+
+    Args:
+        model: (B, 3, H, W) → (B, C).
+        images: (N, H, W, 3) uint8 on the model's device.
+        labels: (N,) int64 on the same device.
+        data: for normalisation and the training images per class.
+        batch_size: images a forward pass.
+        precision: makes the autocast context.
+    """
+    classes = len(data.classes)
+    hits1, hits5 = torch.zeros(len(labels), device=labels.device), torch.zeros(len(labels), device=labels.device)
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(labels), batch_size):
+            rows = slice(start, start + batch_size)
+            with precision():
+                logits = model(normalize(images[rows], data.mean, data.std))
+            best = logits.float().topk(min(5, classes), dim=1).indices
+            hit = best == labels[rows, None]
+            hits1[rows], hits5[rows] = hit[:, 0].float(), hit.any(dim=1).float()
+    model.train(training)
+    totals = torch.bincount(labels, minlength=classes).cpu()
+    hits = torch.bincount(labels, weights=hits1, minlength=classes).cpu()
+    per_class = [100 * float(hit) / int(total) if total else None for hit, total in zip(hits, totals, strict=True)]
+    groups = many_medium_few(per_class, data.class_counts())
+    return Accuracy(100 * float(hits1.mean()), 100 * float(hits5.mean()), per_class, groups)
+
+
+def many_medium_few(per_class: list[float | None], counts: Tensor) -> dict[str, float | None]:
+    """Average per-class accuracies over the classes with > 100, 20 to 100, and < 20 training images."""
+    groups: dict[str, list[float]] = {"many": [], "medium": [], "few": []}
+    for value, count in zip(per_class, counts.tolist(), strict=True):
+        if value is not None:
+            groups["many" if count > MANY else "few" if count < FEW else "medium"].append(value)
+    return {name: sum(values) / len(values) if values else None for name, values in groups.items()}
+
+
+def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Test the classifier of a run folder on its data set's test images.
+
+    Args:
+        run: the folder.
+        checkpoint: ``model`` (the finished classifier), ``best`` or ``last``.
+        data_root: where the data set lies now; None: where it lay.
+        device: auto, cpu or cuda.
+
+    Returns:
+        The fields of :class:`Accuracy`, and ``run``, ``checkpoint``, ``dataset``, ``method``, ``model``, ``test_size``,
+        ``classes``.
+
+    Raises:
+        UserError: no such run or checkpoint, a checkpoint of another model, no data.
+    """
+    config = _config_of(run)
+    path = run / f"{checkpoint}.pt"
+    if not path.is_file():
+        raise UserError(f"{run} holds no {checkpoint}.pt; let the run finish (--resume), or try --checkpoint best or last.")
+    if data_root is not None:
+        config.data_root = data_root
+    chosen = pick_device(device)
+    data = prepare(load_source(config), config, config.seed)
+    config.pretrained = False  # the weights come from the checkpoint
+    model = build_model(config, len(data.classes), (data.images.shape[1], data.images.shape[2]))
+    state = checkpoints.read(path) if checkpoint == "model" else checkpoints.load(path)["model"]
+    checkpoints.load_model_state(model.model, state, path)
+    model.to(chosen)
+    result = accuracy(
+        model,
+        data.test_images.to(chosen),
+        data.test_labels.to(chosen),
+        data,
+        batch_size=config.eval_batch_size,
+        precision=lambda: autocast(chosen, config.amp),
+    )
+    about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
+    return {**about, "classes": data.classes, "test_size": len(data.test_labels), **asdict(result)}
+
+
+def _config_of(run: Path) -> Config:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder (no config.yaml in it); name the folder that train printed.")
+    return resolve(Config, str(path))

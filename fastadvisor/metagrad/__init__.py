@@ -1,0 +1,25 @@
+"""The meta-gradient: how the advisor learns from what its advice did to the classifier. Derivation: README.md here."""
+
+from fastadvisor.config import MetaConfig
+from fastadvisor.metagrad.base import Engine, MetaGradient, Precision, SharedForward, VirtualStep
+from fastadvisor.metagrad.forward import ForwardEngine
+from fastadvisor.metagrad.reference import ReferenceEngine
+from fastadvisor.models import Cut
+
+__all__ = [
+    "Engine",
+    "ForwardEngine",
+    "MetaGradient",
+    "Precision",
+    "ReferenceEngine",
+    "SharedForward",
+    "VirtualStep",
+    "build_engine",
+]
+
+
+def build_engine(config: MetaConfig, precision: Precision, cut: Cut | None) -> Engine:
+    """Return the engine ``config`` asks for; ``cut`` is where an approximate one begins."""
+    if config.meta_engine == "reference":
+        return ReferenceEngine(precision)
+    return ForwardEngine(precision, cut if config.approx_meta else None)

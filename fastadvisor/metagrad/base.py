@@ -1,0 +1,96 @@
+"""What the engines share: the forward pass on the train batch, the virtual step, and one signature.
+
+Shapes: B train batch, D features. Numbered symbols are those of README.md in this folder.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastadvisor.data.types import Batch
+from fastadvisor.methods.base import Advice, Method
+from fastadvisor.models import Cut, SplitClassifier
+from fastadvisor.runtime.random_state import RandomState
+
+Precision = Callable[[], AbstractContextManager[None]]
+"""Makes the autocast context that forward passes of the classifier run in."""
+
+
+@dataclass
+class SharedForward:
+    """The one forward pass of the backbone on the train batch; its graph serves virtual and actual step."""
+
+    batch: Batch
+    features: Tensor
+    """(B, D), with the backbone's graph."""
+    loss_pre: Tensor
+    """(B,) plain cross-entropy on unmasked features, detached (Algorithm 1, Loss pre-calculation)."""
+    draw: float | Tensor | None
+    """The method's random numbers of this iteration."""
+    entering: Tensor
+    """What entered the part of the backbone that counts: the images, or the activation at the cut."""
+    random_state: RandomState
+    """As it was where ``entering`` was seen, so that the tangent pass drops the same units."""
+
+
+@dataclass
+class VirtualStep:
+    """w' = w − α d, d = ∇w L: plain SGD; or with the optimizer's weight decay and momentum (Algorithm 1, Virtual-Train)."""
+
+    lr: float
+    optimizer: torch.optim.Optimizer | None = None
+    """Given: d also holds its weight decay and its momentum buffers."""
+
+    def apply(self, parameters: Mapping[str, nn.Parameter], gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return w' by name; differentiable in ``gradients`` where they carry a graph.
+
+        α stays the factor of θ's gradient in both forms: decay and old momentum do not depend on the advisor.
+        """
+        weights = [parameter.detach() for parameter in parameters.values()]
+        directions: tuple[Tensor, ...] = gradients
+        if self.optimizer is not None:
+            group = self.optimizer.param_groups[0]
+            directions = torch._foreach_add(list(directions), weights, alpha=group["weight_decay"])
+            buffers = [self.optimizer.state[p].get("momentum_buffer") for p in parameters.values()]
+            if group["momentum"] and all(buffer is not None for buffer in buffers):
+                directions = torch._foreach_add(list(directions), buffers, alpha=group["momentum"])
+        return dict(zip(parameters, torch._foreach_add(weights, list(directions), alpha=-self.lr), strict=True))
+
+
+class MetaGradient(NamedTuple):
+    """What a meta step gives."""
+
+    loss: Tensor
+    """Lmeta(w'), a detached scalar."""
+    gradients: tuple[Tensor, ...]
+    """∇θ Lmeta, in the order of the advisor's parameters."""
+
+
+class Engine(Protocol):
+    """The signature of every way to the meta-gradient."""
+
+    cut: Cut | None
+    """Where the part of the backbone that counts begins; None: all of it."""
+
+    def virtual_train(
+        self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep
+    ) -> dict[str, Tensor]:
+        """Return the virtual weights w' by parameter name."""
+        ...
+
+    def meta_gradient(
+        self,
+        model: SplitClassifier,
+        method: Method,
+        shared: SharedForward,
+        advice: Advice,
+        virtual: dict[str, Tensor],
+        meta: Batch,
+        step: VirtualStep,
+    ) -> MetaGradient:
+        """Return Lmeta at the virtual weights and its gradient for the advisor."""
+        ...

@@ -1,0 +1,106 @@
+"""The exact meta-gradient from one forward-mode pass; with a cut, the same through the top stages only.
+
+    ∇θ Lmeta = −α ∇θ ⟨g, ∇w L(w; θ)⟩ = −α ∇θ L̇,   L̇ = d/dε L(w + ε g; θ) at ε = 0,   g = ∇w' Lmeta(w')
+
+θ enters L behind the features only, so a forward-mode pass of the backbone gives ḟ = J gb, and the rest is a small closed
+form that an ordinary backward takes to θ. Nothing is differentiated twice. Derivation and cost: README.md here.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from fastadvisor.data.types import Batch
+from fastadvisor.metagrad.base import MetaGradient, Precision, SharedForward, VirtualStep
+from fastadvisor.methods.base import Advice, Dual, HeadTangent, Method
+from fastadvisor.models import Cut, SplitClassifier
+
+# torch scripts some of its own forward-mode formulas on first use, and tells the user that scripting is deprecated.
+warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning)
+
+
+@dataclass
+class ForwardEngine:
+    """Forward over reverse. Exact with ``cut`` None; else layers below the cut count as constants of the virtual step."""
+
+    precision: Precision
+    cut: Cut | None = None
+
+    def virtual_train(
+        self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep
+    ) -> dict[str, Tensor]:
+        """Return w' as constants: the advice carries no graph into it."""
+        parameters = model.part_parameters(self.cut)
+        with self.precision():
+            loss = method.loss(shared.features, shared.batch.labels, model.head, advice.detach())
+        gradients = torch.autograd.grad(
+            loss,
+            list(parameters.values()),
+            retain_graph=True,  # the backbone's graph still has the actual step to serve
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return step.apply(parameters, gradients)
+
+    def meta_gradient(
+        self,
+        model: SplitClassifier,
+        method: Method,
+        shared: SharedForward,
+        advice: Advice,
+        virtual: dict[str, Tensor],
+        meta: Batch,
+        step: VirtualStep,
+    ) -> MetaGradient:
+        """Return Lmeta(w') and its gradient."""
+        assert method.advisor is not None
+        loss, gradient = self._gradient_at(model, virtual, meta)
+        features = Dual(shared.features.detach(), self._features_tangent(model, shared, gradient))
+        weight, bias = model.head_parameter_names()
+        direction = HeadTangent(gradient[weight], None if bias is None else gradient[bias])
+        tangent_loss = method.tangent_loss(features, shared.batch.labels, model.head, direction, advice)
+        gradients = torch.autograd.grad(
+            -step.lr * tangent_loss, list(method.advisor.parameters()), allow_unused=True, materialize_grads=True
+        )
+        return MetaGradient(loss, gradients)
+
+    def _gradient_at(self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return Lmeta(w') and g = ∇w' Lmeta(w')."""
+        weights = {name: weight.detach().requires_grad_() for name, weight in virtual.items()}
+        with model.frozen_statistics(), self.precision():
+            entering = meta.images
+            if self.cut is not None:
+                with torch.no_grad():
+                    entering = model.below(meta.images, self.cut)
+            logits = functional_call(model, weights, (entering,), {"start": self.cut})
+        loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
+        gradient = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return loss.detach(), dict(zip(weights, gradient, strict=True))
+
+    def _features_tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
+        """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
+
+        Every parameter above the cut becomes dual, normalisations' affine ones included: under autocast a BatchNorm with
+        constant affine parameters may emit a float32 tangent, which the next convolution rejects.
+        """
+        parameters = model.part_parameters(self.cut)
+        # Of the attention kernels only the plain one has a forward-mode formula.
+        with (
+            torch.no_grad(),
+            forward_ad.dual_level(),
+            shared.random_state.replayed(),
+            model.frozen_statistics(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            duals = {name: forward_ad.make_dual(p.detach(), gradient[name]) for name, p in parameters.items()}
+            with self.precision():
+                dual = functional_call(model, duals, (shared.entering,), {"start": self.cut, "features": True})
+            tangent = forward_ad.unpack_dual(dual).tangent
+        # No tangent at all: the features do not depend on anything above the cut.
+        return torch.zeros_like(shared.features) if tangent is None else tangent

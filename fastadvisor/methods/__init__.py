@@ -1,0 +1,40 @@
+"""Methods by name. To add one: a file with a subclass of ``Method``, and a line here."""
+
+from fastadvisor.config import MethodConfig
+from fastadvisor.errors import UserError, nearest
+from fastadvisor.methods.base import Advice, Method, Phase
+from fastadvisor.methods.ce import CrossEntropy
+from fastadvisor.methods.finetune import Finetune
+from fastadvisor.methods.mes import MES
+from fastadvisor.methods.meta_only import MetaOnly
+from fastadvisor.methods.mfrw import MFRW
+from fastadvisor.methods.mfrw_mes import MFRWMES
+from fastadvisor.methods.mw_net import MWNet
+
+METHODS: dict[str, type[Method]] = {
+    "ce": CrossEntropy,
+    "meta-only": MetaOnly,
+    "finetune": Finetune,
+    "mw-net": MWNet,
+    "mfrw": MFRW,
+    "mes": MES,
+    "mfrw-mes": MFRWMES,
+}
+
+__all__ = ["METHODS", "Advice", "Method", "Phase", "build_method", "check_method"]
+
+
+def check_method(name: str) -> None:
+    """Raise a UserError that names the nearest method unless ``name`` is one."""
+    if name not in METHODS:
+        raise UserError(f"Unknown method {name!r}.{nearest(name, METHODS)} Methods: {', '.join(METHODS)}.")
+
+
+def build_method(config: MethodConfig, features: int, classes: int) -> Method:
+    """Build the method ``config.method`` for D ``features`` and C ``classes``.
+
+    Raises:
+        UserError: an unknown method.
+    """
+    check_method(config.method)
+    return METHODS[config.method](config, features, classes)

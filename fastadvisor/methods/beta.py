@@ -1,0 +1,17 @@
+"""The Bernoulli variable β of MES (paper 3.4 and 4.2)."""
+
+import torch
+from torch import Tensor
+
+from fastadvisor.config import MethodConfig
+
+
+def draw_beta(config: MethodConfig, labels: Tensor, classes: int) -> float | Tensor:
+    """Draw β ~ Bernoulli(ρ) for a batch: (B, C), (B, 1) or (1, 1) of {0, 1} by ``beta_draw``; ρ itself for 'expected'.
+
+    The default draws per sample and class, as the only public softmax-EQL implementation does.
+    """
+    if config.beta_draw == "expected":
+        return config.beta_probability
+    shape = {"class": (len(labels), classes), "sample": (len(labels), 1), "batch": (1, 1)}[config.beta_draw]
+    return (torch.rand(shape, device=labels.device) < config.beta_probability).float()

@@ -1,0 +1,26 @@
+"""MFRW and MES together, from one embedding (paper 3.5)."""
+
+from torch import Tensor
+
+from fastadvisor.advisor import Advisor
+from fastadvisor.config import MethodConfig
+from fastadvisor.methods.base import Advice, Method
+from fastadvisor.methods.beta import draw_beta
+
+
+class MFRWMES(Method):
+    """Equalised softmax cross-entropy on masked features."""
+
+    def __init__(self, config: MethodConfig, features: int, classes: int) -> None:
+        super().__init__(config, features, classes)
+        self.advisor = Advisor(features, classes, config.advisor_width, mask=True, equalisation=True)
+
+    def draw(self, labels: Tensor) -> float | Tensor:
+        """Return this iteration's β."""
+        return draw_beta(self.config, labels, self.classes)
+
+    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
+        """Return mask and equalisation."""
+        assert self.advisor is not None
+        u_BD, v_BC = self.advisor(f_BD, loss_B)
+        return Advice(mask=u_BD, equalisation=v_BC, beta=draw)

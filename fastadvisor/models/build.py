@@ -1,0 +1,118 @@
+"""Models by name: ours for CIFAR, torchvision's, timm's where it is installed."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from urllib.error import URLError
+
+import torchvision
+from torch import nn
+
+from fastadvisor.config import ModelConfig
+from fastadvisor.errors import UserError, nearest
+from fastadvisor.models.cifar_resnet import CifarResNet
+from fastadvisor.models.split import SplitClassifier, split
+
+
+def resnet18_cifar(classes: int) -> nn.Module:
+    """ResNet-18 with a 3×3 stem of stride 1 and no max-pooling: 11.17 million parameters, 512 features."""
+    model = torchvision.models.resnet18(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def resnet10(classes: int) -> nn.Module:
+    """ResNet-10: one basic block a stage, ImageNet stem, 512 features."""
+    resnet = torchvision.models.resnet
+    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
+
+
+OURS: dict[str, Callable[[int], nn.Module]] = {
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56)},
+    "resnet18-cifar": resnet18_cifar,
+    "resnet10": resnet10,
+}
+
+
+def torchvision_names() -> list[str]:
+    """Return the names of torchvision's classifiers."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def check_model(name: str) -> None:
+    """Raise a UserError that names the nearest model unless ``name`` is one."""
+    if name in OURS or name in torchvision_names():
+        return
+    if name.startswith("timm/"):
+        _timm_name(name)
+        return
+    near = nearest(name, [*OURS, *torchvision_names()])
+    raise UserError(f"Unknown model {name!r}.{near} Models: {', '.join(OURS)}, torchvision's names, timm/<name>.")
+
+
+def _timm_name(name: str) -> str:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"Model {name!r} needs timm: pip install timm.") from None
+    bare = name.removeprefix("timm/")
+    if not timm.is_model(bare):
+        raise UserError(f"timm has no model {bare!r}.{nearest(bare, timm.list_models())}")
+    return bare
+
+
+def build_model(config: ModelConfig, classes: int, image_shape: tuple[int, int]) -> SplitClassifier:
+    """Build ``config.model`` for C ``classes`` and split it into backbone and head.
+
+    Args:
+        config: name and whether to start from the library's weights.
+        classes: C.
+        image_shape: (H, W) in pixels; the split is checked on a dummy batch of that size.
+
+    Raises:
+        UserError: an unknown model, one without weights, one that does not take these images or cannot be split.
+    """
+    name = config.model
+    check_model(name)
+    if name in OURS:
+        if config.pretrained:
+            raise UserError(f"There are no pretrained weights for {name}; drop --pretrained or take a torchvision model.")
+        model = OURS[name](classes)
+    elif name.startswith("timm/"):
+        import timm
+
+        model = _weights(name, lambda: timm.create_model(_timm_name(name), pretrained=config.pretrained, num_classes=classes))
+    else:
+        model = _torchvision(name, classes, config.pretrained)
+    return split(model, name, image_shape, classes)
+
+
+def _torchvision(name: str, classes: int, pretrained: bool) -> nn.Module:
+    get = torchvision.models.get_model
+    if not pretrained:
+        extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        model = get(name, weights=None, num_classes=classes, **extra)
+    else:
+        model = _weights(name, lambda: get(name, weights="DEFAULT"))
+        head = [module for module in model.named_modules() if isinstance(module[1], nn.Linear)][-1:]
+        for head_name, layer in head:
+            if layer.out_features != classes:
+                parent = model.get_submodule(head_name.rpartition(".")[0])
+                setattr(parent, head_name.rpartition(".")[2], nn.Linear(layer.in_features, classes))
+    # Auxiliary classifiers return tuples in training and are no part of the method.
+    for auxiliary in ("AuxLogits", "aux1", "aux2"):
+        if hasattr(model, auxiliary):
+            setattr(model, auxiliary, None)
+            model.aux_logits = False
+    return model
+
+
+def _weights(name: str, load: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return load()
+    except (URLError, OSError, RuntimeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:150]
+        raise UserError(
+            f"The pretrained weights of {name} cannot be had ({reason}); put them into torch's hub cache, or drop --pretrained."
+        ) from None

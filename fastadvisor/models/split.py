@@ -1,0 +1,207 @@
+"""Any classifier as backbone and head, without editing it.
+
+The head is the last ``nn.Linear``; the backbone is everything before it. Parts that a pass must leave out are swapped for
+identities for the length of that pass, so the model's own ``forward`` runs, whatever it does between its modules, and its
+parameter names, and so its state dict, stay its own.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastadvisor.errors import UserError
+from fastadvisor.models.stages import Cut, find_cut
+from fastadvisor.runtime.random_state import RandomState
+
+
+class Entering(NamedTuple):
+    """What a forward pass was when it reached a cut."""
+
+    activation: Tensor
+    """Detached."""
+    random_state: RandomState
+
+
+class _Arrived(Exception):
+    """Ends a forward pass at the module it was to reach."""
+
+
+class SplitClassifier(nn.Module):
+    """A classifier Φ = Φc ∘ Φb, with access to its features.
+
+    Args:
+        model: any module (B, 3, H, W) → (B, C) whose last ``nn.Linear`` gives the logits.
+        head: the dotted name of that layer.
+        name: what messages call the model.
+    """
+
+    def __init__(self, model: nn.Module, head: str, name: str = "model") -> None:
+        super().__init__()
+        self.model = model
+        self.head_name = head
+        self.name = name
+        self.cut: Cut | None = None
+        self._identity = (nn.Identity(),)  # in a tuple, so that it is no submodule
+        self._normalisations = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        ]
+
+    @property
+    def head(self) -> nn.Linear:
+        """Φc."""
+        head = self.model.get_submodule(self.head_name)
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def forward(self, x: Tensor, *, start: Cut | None = None, features: bool = False) -> Tensor:
+        """Run the model, or a part of it.
+
+        Args:
+            x: (B, 3, H, W) images; with ``start``, the activation that enters that cut.
+            start: leave out everything below this cut.
+            features: leave out the head and return the features (B, D).
+
+        Returns:
+            Logits (B, C), or features (B, D).
+        """
+        skipped = (list(start.below) if start is not None else []) + ([self.head_name] if features else [])
+        with swapped(self.model, dict.fromkeys(skipped, self._identity[0])):
+            return self.model(x)
+
+    def below(self, x: Tensor, cut: Cut) -> Tensor:
+        """Run only what is below ``cut`` and return the activation that enters it."""
+        with self.captured(cut, stop=True) as seen, suppress(_Arrived):
+            self.model(x)
+        return seen[0].activation
+
+    @contextmanager
+    def captured(self, cut: Cut, *, stop: bool = False) -> Iterator[list[Entering]]:
+        """Collect what enters ``cut`` in the forward passes inside the block; with ``stop``, end them there."""
+        seen: list[Entering] = []
+
+        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(Entering(inputs[0].detach(), RandomState.now(inputs[0].device)))
+            if stop:
+                raise _Arrived
+
+        handle = self.model.get_submodule(cut.entry).register_forward_pre_hook(collect)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def frozen_statistics(self) -> Iterator[None]:
+        """Passes inside the block leave running statistics alone; training mode still uses batch statistics.
+
+        BatchNorm in training mode without tracking normalises by the batch and touches no buffer, which also lets
+        forward AD through (it refuses to update buffers in place).
+        """
+        training = [module for module in self._normalisations if module.training]
+        for module in training:
+            module.track_running_stats = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.track_running_stats = True
+
+    def part_parameters(self, cut: Cut | None = None) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters of backbone and head, above ``cut`` if given, by name in this module."""
+        below = () if cut is None else tuple(f"model.{name}." for name in cut.below)
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad and not name.startswith(below)
+        }
+
+    def head_parameter_names(self) -> tuple[str, str | None]:
+        """Return the names of the head's weight and bias (None without one)."""
+        prefix = f"model.{self.head_name}."
+        return prefix + "weight", prefix + "bias" if self.head.bias is not None else None
+
+
+@contextmanager
+def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in the named places for the length of the block."""
+    originals: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for name, replacement in replacements.items():
+            parent_name, _, child = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            originals.append((parent, child, parent._modules[child]))  # type: ignore[arg-type]  # get_submodule found it
+            parent._modules[child] = replacement
+        yield
+    finally:
+        for parent, child, module in originals:
+            parent._modules[child] = module
+
+
+def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: int) -> SplitClassifier:
+    """Find the head of ``model`` and check, on a dummy batch, that backbone and head together give its logits.
+
+    Raises:
+        UserError: the model does not take images of this size, or does not end in a linear layer on its features.
+    """
+    images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = run(model, name, images)
+            for candidate in reversed([n for n, m in model.named_modules() if isinstance(m, nn.Linear)]):
+                whole = SplitClassifier(model, candidate, name)
+                if whole.head.out_features == classes and _agrees(whole, images, logits):
+                    return whole
+    finally:
+        model.train(training)
+    raise UserError(
+        f"{name} does not end in a linear layer on a feature vector, so it has no features to advise on; "
+        "choose a model that does, such as resnet18, convnext_tiny or vit_b_16."
+    )
+
+
+def run(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    """Run ``model`` on a dummy batch; a UserError if it does not take images of that size."""
+    try:
+        logits = model(images)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        height, width = images.shape[2:]
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{name} does not take images of {height}×{width} pixels ({reason}); set --image-size.") from None
+    if not isinstance(logits, Tensor):
+        raise UserError(f"{name} returns {type(logits).__name__} instead of logits; choose another model.")
+    return logits
+
+
+def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
+    features = whole(images, features=True)
+    if features.dim() != 2 or features.shape[1] != whole.head.in_features:
+        return False
+    return torch.allclose(whole.head(features), logits, rtol=1e-4, atol=1e-5)
+
+
+def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) -> Cut | None:
+    """Return the cut below the top ``stages`` stages, checked on a dummy batch; None where the model is no chain there."""
+    cut = find_cut(whole.model, whole.head_name, stages)
+    if cut is None:
+        return None
+    images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0))
+    device = whole.head.weight.device
+    images = images.to(device)
+    training = whole.training
+    whole.eval()
+    try:
+        with torch.no_grad():
+            expected = whole(images, features=True)
+            features = whole(whole.below(images, cut), start=cut, features=True)
+        return cut if torch.allclose(features, expected, rtol=1e-4, atol=1e-5) else None
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+        return None  # not a chain: what the model does before the cut fails on the activation
+    finally:
+        whole.train(training)

@@ -1,0 +1,52 @@
+"""Where a backbone can be cut into a lower and an upper part."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+STAGE_SHARE = 0.02
+"""A link of the chain counts as a stage from this share of the backbone's parameters on: a stem's or a last
+normalisation's few parameters are no stage of their own."""
+
+TRUNK_SHARE = 0.9
+"""A ``Sequential`` with more than this share of the parameters is the chain itself (``features`` of a VGG or ConvNeXt),
+not one of its links (the last stage of a ResNet holds 75 %)."""
+
+
+class Cut(NamedTuple):
+    """A place in a chain of modules."""
+
+    entry: str
+    """The module whose input crosses the cut."""
+    below: tuple[str, ...]
+    """The modules under it, bottom first."""
+
+
+def chain(model: nn.Module, head: str) -> list[str]:
+    """Return the modules before ``head`` in order: the model's children, with a ``Sequential`` that holds most
+    parameters, or the head, opened up.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    links: list[str] = []
+    for name, child in model.named_children():
+        share = sum(parameter.numel() for parameter in child.parameters()) / max(total, 1)
+        if isinstance(child, nn.Sequential) and (share > TRUNK_SHARE or head.startswith(name + ".")):
+            links += [f"{name}.{inner}" for inner, _ in child.named_children()]
+        else:
+            links.append(name)
+    return links[: links.index(head)] if head in links else links
+
+
+def find_cut(model: nn.Module, head: str, stages: int) -> Cut | None:
+    """Return the cut with ``stages`` stages above it; None if the model has no more stages than that.
+
+    Whether the modules really form a chain only a run can tell: see ``split.cut_at``.
+    """
+    links = chain(model, head)
+    sizes = [sum(parameter.numel() for parameter in model.get_submodule(link).parameters()) for link in links]
+    threshold = STAGE_SHARE * sum(sizes)
+    positions = [position for position, size in enumerate(sizes) if size >= threshold and size > 0]
+    if len(positions) <= stages:
+        return None
+    entry = positions[-stages]
+    return Cut(links[entry], tuple(links[:entry]))

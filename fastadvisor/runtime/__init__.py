@@ -1,0 +1,1 @@
+"""Devices, precision, run folders, checkpoints."""

@@ -1,0 +1,133 @@
+"""Checkpoints: written whole or not at all, read without running anything that is in them."""
+
+import os
+import random
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastadvisor.errors import UserError
+
+FORMAT = "fastadvisor-checkpoint-1"
+
+
+def save(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write ``payload`` (with the key ``format`` added) to ``path``; raises and guards as :func:`write`."""
+    write(path, {**payload, "format": FORMAT})
+
+
+def write(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write ``payload`` as it is, such as a state dict, to ``path``; a crash leaves the file that was there.
+
+    Raises:
+        UserError: the file cannot be written, such as on a full disk.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(payload), file)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, or a power cut leaves a new name on an empty file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); free some space or choose another --output.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that ``save`` wrote, onto the CPU.
+
+    Raises:
+        UserError: missing, damaged, or not a checkpoint of fastadvisor.
+    """
+    payload = read(path)
+    if payload.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version of fastadvisor (no format {FORMAT!r}); name another.")
+    return payload
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read any file of tensors and plain values that holds a dict, such as ``model.pt``, onto the CPU.
+
+    Raises:
+        UserError: missing, damaged, or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        _check_sums(path)
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    # Damage shows as almost anything: RuntimeError, EOFError, UnpicklingError, KeyError, UnicodeDecodeError, ...
+    except Exception:
+        other = "best.pt" if path.name == "last.pt" else "last.pt"
+        raise UserError(
+            f"{path} is damaged or cut short, or no checkpoint at all; delete it and start again, "
+            f"or continue from {other} if that is there."
+        ) from None
+    if not isinstance(payload, dict):
+        raise UserError(f"{path} holds no dict of weights; name a checkpoint or a state dict.")
+    return payload
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile if a checksum is wrong: torch.load does not look at them and returns flipped bits as weights."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise zipfile.BadZipFile(bad)
+
+
+def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Load ``state``, read from ``path``, into ``module``.
+
+    Raises:
+        UserError: it belongs to another model; names the first key that differs. ``module`` is then unchanged.
+    """
+    own = module.state_dict()
+    for key in [*own, *(key for key in state if key not in own)]:
+        if key not in state:
+            reason = "missing there"
+        elif key not in own:
+            reason = "unknown here"
+        elif getattr(state[key], "shape", None) != own[key].shape:
+            reason = f"{tuple(getattr(state[key], 'shape', ()))} there, {tuple(own[key].shape)} here"
+        else:
+            continue
+        raise UserError(
+            f"{path} is a checkpoint of another model (first differing key {key}: {reason}); "
+            "use the --model and --dataset it was trained with."
+        )
+    module.load_state_dict(dict(state), strict=True)
+
+
+def random_states() -> dict[str, Any]:
+    """Return the state of the generators of torch, CUDA, numpy (legacy) and Python, in types that ``load`` accepts."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, words, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(words), next_gauss],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Set the generators to what ``random_states`` returned.
+
+    States of CUDA devices that are not here are left out: a run may be resumed on another machine.
+    """
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, words, next_gauss = states["python"]
+    random.setstate((version, tuple(words), next_gauss))

@@ -1,0 +1,41 @@
+"""The learning rate over a run, and the run's division into phases."""
+
+import math
+from dataclasses import dataclass
+
+from fastadvisor.config import OptimizerConfig
+from fastadvisor.methods import Phase
+
+
+def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+    """Return the rate of 0-based ``step`` out of ``total``.
+
+    step: ``lr``, times ``lr_decay`` at each milestone; cosine: from ``lr`` to 0, by the step; constant: ``lr``.
+    """
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+    if config.schedule == "step":
+        # Rounded, so that 0.8 of 200 epochs falls on the first step of epoch 160 and not one beside it.
+        passed = sum(step >= round(milestone * total) for milestone in config.milestones)
+        return config.lr * config.lr_decay**passed
+    return config.lr
+
+
+@dataclass
+class PhaseEpochs:
+    """A phase in epochs: [start, end)."""
+
+    phase: Phase
+    start: int
+    end: int
+
+
+def divide(phases: list[Phase], epochs: int) -> list[PhaseEpochs]:
+    """Give each phase its share of ``epochs``, in order, each rounded to whole epochs."""
+    divided, start, share = [], 0, 0.0
+    for phase in phases:
+        share += phase.share
+        end = round(share * epochs)
+        divided.append(PhaseEpochs(phase, start, end))
+        start = end
+    return divided

@@ -1,0 +1,308 @@
+"""A run: data, model, method and iteration put together, epochs, schedule, logging, checkpoints. No numerics here."""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastadvisor.config import Config, resolve
+from fastadvisor.data import Batch, ResidentImages, ResidentLoader, Source, TrainingData, load_source, prepare
+from fastadvisor.data.augment import Augmentation
+from fastadvisor.errors import UserError
+from fastadvisor.evaluation import Accuracy, accuracy
+from fastadvisor.metagrad import build_engine
+from fastadvisor.methods import build_method, check_method
+from fastadvisor.models import build_model, check_model, cut_at
+from fastadvisor.runtime import checkpoint, memory
+from fastadvisor.runtime.environment import environment
+from fastadvisor.runtime.logger import TensorBoard
+from fastadvisor.runtime.precision import autocast, pick_device
+from fastadvisor.runtime.run_folder import RunFolder
+from fastadvisor.runtime.timer import StepTimer, median
+from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
+from fastadvisor.step import Step
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves."""
+
+    summary: dict[str, Any]
+    """The content of ``summary.json``."""
+    folder: Path
+    model: nn.Module
+    """The trained classifier, the plain torchvision (or timm, or our) module."""
+
+
+def train(config: str | None = None, /, **settings: Any) -> TrainResult:
+    """Train a classifier; every setting of :class:`fastadvisor.Config` is a keyword.
+
+    Args:
+        config: a recipe's name or a YAML file that the keywords win over.
+        **settings: as ``method="mfrw-mes", noise="flip", noise_rate=0.4``.
+
+    Raises:
+        UserError: anything the caller can put right, before any work is lost.
+    """
+    return train_config(resolve(Config, config, **settings))
+
+
+def train_config(config: Config, source: Source | None = None) -> TrainResult:
+    """Train as ``config`` says; ``source`` spares reading the data set again."""
+    check_method(config.method)
+    check_model(config.model)
+    device = pick_device(config.device)
+    source = load_source(config) if source is None else source
+    data = prepare(source, config, config.seed)
+    trainer = Trainer(config, data, device)
+    if config.resume:
+        folder = RunFolder.open_for_resume(config.output, config)
+        trainer.restore(folder.last)
+        folder.keep_metrics(trainer.epoch)
+    else:
+        folder = RunFolder.create(config.output, config, f"{config.dataset}-{config.method}")
+    return trainer.run(folder)
+
+
+class Trainer:
+    """One run. Everything that :meth:`restore` must bring back lives in an attribute that :meth:`state` names."""
+
+    def __init__(self, config: Config, data: TrainingData, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        torch.manual_seed(config.seed)
+        shape = (data.images.shape[1], data.images.shape[2])
+        self.model = build_model(config, len(data.classes), shape).to(device)
+        self.method = build_method(config, self.model.head.in_features, len(data.classes))
+        if self.method.advisor is not None:
+            self.method.advisor.to(device)
+        cut = cut_at(self.model, shape, config.approx_stages) if config.approx_meta and self.method.advisor else None
+        if config.approx_meta and self.method.advisor is not None and cut is None:
+            print(f"{config.model} cannot be cut below its top {config.approx_stages} stages; the meta-gradient is exact.")
+        self.step = Step(
+            self.model,
+            self.method,
+            torch.optim.SGD(
+                [p for p in self.model.parameters() if p.requires_grad],
+                lr=config.lr,
+                momentum=config.momentum,
+                weight_decay=config.weight_decay,
+            ),
+            self._advisor_optimizer(),
+            build_engine(config, self.precision, cut),
+            self.precision,
+            virtual_with_optimizer=config.virtual_step == "optimizer",
+        )
+        self.train_loader, self.meta_loader = self._loaders()
+        self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
+        self.phases = divide(self.method.phases(), config.epochs)
+        self.timer = StepTimer(device)
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Make the context that forward passes run in."""
+        return autocast(self.device, self.config.amp)
+
+    def _advisor_optimizer(self) -> torch.optim.Optimizer | None:
+        if self.method.advisor is None:
+            return None
+        lr, decay = self.config.advisor_lr, self.config.advisor_weight_decay
+        return torch.optim.Adam(
+            self.method.advisor.parameters(),
+            lr=self.method.advisor_lr if lr is None else lr,
+            weight_decay=self.method.advisor_weight_decay if decay is None else decay,
+        )
+
+    def _loaders(self) -> tuple[ResidentLoader, ResidentLoader]:
+        config, data = self.config, self.data
+        augment = Augmentation(config.crop_padding, config.horizontal_flip, data.mean, data.std)
+        images = ResidentImages.of(data, self.device)
+        meta_batch = config.meta_batch_size or min(config.batch_size, len(data.meta_ids))
+        train, meta = (
+            ResidentLoader(images, ids, size, augment=augment, device=self.device, seed=2 * config.seed + offset)
+            for ids, size, offset in ((data.train_ids, config.batch_size, 0), (data.meta_ids, meta_batch, 1))
+        )
+        return train, meta
+
+    def run(self, folder: RunFolder) -> TrainResult:
+        """Train the epochs that are left and write the run folder."""
+        steps = len(self.train_loader)
+        memory.reset_peak(self.device)
+        board = TensorBoard(folder.path if self.config.tensorboard else None, purge_step=self.epoch + 1)
+        # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
+        hidden = None if self.config.progress else True
+        print(self._headline(folder))
+        with tqdm(total=self.config.epochs * steps, initial=self.epoch * steps, unit="step", disable=hidden) as bar:
+            while self.epoch < self.config.epochs:
+                record = self._train_epoch(bar)
+                self.epoch += 1
+                self.history.append(record)
+                folder.append_metrics(record)
+                board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
+                self._save(folder)
+                bar.write(self._line(record))
+        board.close()
+        summary = self.summary()
+        folder.write_summary(summary)
+        checkpoint.write(folder.model, self.model.model.state_dict())
+        print(f"Finished: {_results(summary)}. Everything is in {folder.path}.")
+        return TrainResult(summary, folder.path, self.model.model)
+
+    def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
+        steps = len(self.train_loader)
+        current = next(phase for phase in self.phases if phase.start <= self.epoch < phase.end)
+        self.model.train()
+        losses, meta_losses = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.timer.start()
+        began = time.perf_counter()
+        for index in range(steps):
+            self._set_lr(current, index)
+            result = self.step(*self._batches(current))
+            losses += result.loss
+            if result.meta_loss is not None:
+                meta_losses += result.meta_loss
+            self.timer.mark()
+            bar.update()
+        times = self.timer.collect()
+        seconds = time.perf_counter() - began
+        loss = float(losses) / steps
+        if not math.isfinite(loss):
+            raise UserError(f"Training diverged: the loss is {loss} in epoch {self.epoch + 1}; lower --lr or --advisor-lr.")
+        return {
+            "epoch": self.epoch + 1,
+            "loss": loss,
+            "meta_loss": float(meta_losses) / steps if self.method.advisor is not None else None,
+            "lr": self.step.optimizer.param_groups[0]["lr"],
+            **{f"test_{key}": value for key, value in asdict(self._test()).items()},
+            "images_per_second": steps * self.config.batch_size / seconds,
+            "step_ms_median": median(times),
+            "seconds": seconds,
+        }
+
+    def _batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
+        train = (self.train_loader if current.phase.source == "train" else self.meta_loader).next_batch()
+        return train, None if self.method.advisor is None else self.meta_loader.next_batch()
+
+    def _set_lr(self, current: PhaseEpochs, index: int) -> None:
+        steps = len(self.train_loader)
+        step, total = (self.epoch - current.start) * steps + index, (current.end - current.start) * steps
+        self.step.optimizer.param_groups[0]["lr"] = current.phase.lr_factor * learning_rate(self.config, step, total)
+
+    def _test(self) -> Accuracy:
+        return accuracy(
+            self.model,
+            self.test_images,
+            self.test_labels,
+            self.data,
+            batch_size=self.config.eval_batch_size,
+            precision=self.precision,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return everything needed to continue exactly: tensors and plain values only."""
+        method, advisor = self.method.advisor, self.step.advisor_optimizer
+        return {
+            "epoch": self.epoch,
+            "history": self.history,
+            "classes": self.data.classes,
+            "model": self.model.model.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "advisor": None if method is None else method.state_dict(),
+            "advisor_optimizer": None if advisor is None else advisor.state_dict(),
+            "train_loader": self.train_loader.state_dict(),
+            "meta_loader": self.meta_loader.state_dict(),
+            "random": checkpoint.random_states(),
+        }
+
+    def restore(self, path: Path) -> None:
+        """Continue from the checkpoint at ``path``.
+
+        Raises:
+            UserError: damaged, or of another model, method or data set.
+        """
+        state = checkpoint.load(path)
+        checkpoint.load_model_state(self.model.model, state["model"], path)
+        if (state["advisor"] is None) != (self.method.advisor is None):
+            raise UserError(f"{path} is a checkpoint of another method; use the --method it was trained with.")
+        self.step.optimizer.load_state_dict(state["optimizer"])
+        if self.method.advisor is not None and self.step.advisor_optimizer is not None:
+            checkpoint.load_model_state(self.method.advisor, state["advisor"], path)
+            self.step.advisor_optimizer.load_state_dict(state["advisor_optimizer"])
+        self.train_loader.load_state_dict(state["train_loader"])
+        self.meta_loader.load_state_dict(state["meta_loader"])
+        self.epoch, self.history = state["epoch"], state["history"]
+        checkpoint.restore_random_states(state["random"])
+
+    def _save(self, folder: RunFolder) -> None:
+        state = self.state()
+        checkpoint.save(folder.last, state)
+        if self.history[-1]["test_top1"] >= max(record["test_top1"] for record in self.history):
+            checkpoint.save(folder.best, state)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what ``summary.json`` holds, all of it measured."""
+        config, top1 = self.config, [record["test_top1"] for record in self.history]
+        last = self.history[-1]
+        return {
+            "method": config.method,
+            "dataset": self.data.name,
+            "model": config.model,
+            "seed": config.seed,
+            "epochs": self.epoch,
+            "test_top1": {"last": top1[-1], "peak": max(top1), "mean_last5": mean(top1[-5:])},
+            "test_top5": last["test_top5"],
+            "per_class_top1": dict(zip(self.data.classes, last["test_per_class_top1"], strict=True)),
+            "many_medium_few": last["test_many_medium_few"],
+            "images_per_second": median([record["images_per_second"] for record in self.history]),
+            "step_ms_median": median([record["step_ms_median"] for record in self.history]),
+            "peak_memory_mb": memory.peak_mb(self.device),
+            "train_size": len(self.data.train_ids),
+            "meta_size": len(self.data.meta_ids),
+            "test_size": len(self.data.test_labels),
+            "class_counts": self.data.class_counts().tolist(),
+            "imbalance_factor": config.imbalance_factor,
+            "noise": config.noise,
+            "noise_rate": self.data.noise_rate(),
+            "amp": config.amp,
+            "approx_meta": self.step.engine.cut is not None,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "train_seconds": sum(record["seconds"] for record in self.history),
+            "versions": environment(),
+            "device": str(self.device),
+        }
+
+    def _headline(self, folder: RunFolder) -> str:
+        config, data = self.config, self.data
+        noise = 100 * data.noise_rate()
+        return (
+            f"{config.method} with {config.model} on {data.name}: {len(data.train_ids):,} training images in "
+            f"{len(data.classes)} classes ({noise:.1f} % of labels changed), {len(data.meta_ids):,} meta, "
+            f"{len(data.test_labels):,} test; {self.device}; run folder {folder.path}"
+        )
+
+    def _line(self, record: dict[str, Any]) -> str:
+        meta = "" if record["meta_loss"] is None else f"  meta loss {record['meta_loss']:.3f}"
+        return (
+            f"epoch {record['epoch']:>3}/{self.config.epochs}  loss {record['loss']:.3f}{meta}  "
+            f"test {record['test_top1']:.2f} %  lr {record['lr']:.3g}  {record['images_per_second']:,.0f} images/s"
+        )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def _results(summary: dict[str, Any]) -> str:
+    top1 = summary["test_top1"]
+    return (
+        f"test accuracy {top1['last']:.2f} % last, {top1['peak']:.2f} % peak, {top1['mean_last5']:.2f} % mean of last five, "
+        f"{summary['step_ms_median']:.1f} ms a step"
+    )
