@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fastadvisor.version import __version__
 
 if TYPE_CHECKING:
-    from fastadvisor.compare import compare
+    from fastadvisor.comparison import compare
     from fastadvisor.config import Config
     from fastadvisor.errors import UserError
     from fastadvisor.evaluation import evaluate_run as evaluate
@@ -17,7 +17,7 @@ _HOMES = {
     "Config": ("fastadvisor.config", "Config"),
     "TrainResult": ("fastadvisor.trainer", "TrainResult"),
     "UserError": ("fastadvisor.errors", "UserError"),
-    "compare": ("fastadvisor.compare", "compare"),
+    "compare": ("fastadvisor.comparison", "compare"),
     "evaluate": ("fastadvisor.evaluation", "evaluate_run"),
     "train": ("fastadvisor.trainer", "train"),
 }

@@ -113,7 +113,7 @@ def run_train(args: list[str]) -> None:
 def run_compare(args: list[str]) -> None:
     """``fastadvisor compare``."""
     settings = parse_config(config.CompareConfig, "compare", "Train with several methods and print a table.", args)
-    from fastadvisor.compare import compare_config
+    from fastadvisor.comparison import compare_config
 
     compare_config(settings)
 

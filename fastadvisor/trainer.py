@@ -271,12 +271,19 @@ class Trainer:
             "noise": config.noise,
             "noise_rate": self.data.noise_rate(),
             "amp": config.amp,
-            "approx_meta": self.step.engine.cut is not None,
+            "meta_gradient": self.summary_of_engine(),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "train_seconds": sum(record["seconds"] for record in self.history),
             "versions": environment(),
             "device": str(self.device),
         }
+
+    def summary_of_engine(self) -> str | None:
+        """Say how the meta-gradient was computed; None where the method needs none."""
+        if self.method.advisor is None:
+            return None
+        cut = self.step.engine.cut
+        return "exact" if cut is None else f"top stages from {cut.entry}"
 
     def _headline(self, folder: RunFolder) -> str:
         config, data = self.config, self.data

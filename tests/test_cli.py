@@ -28,7 +28,7 @@ def calls(monkeypatch):
 
     fakes = {
         "trainer": SimpleNamespace(train_config=seen.append),
-        "compare": SimpleNamespace(compare_config=seen.append),
+        "comparison": SimpleNamespace(compare_config=seen.append),
         "evaluation": SimpleNamespace(evaluate_run=evaluate_run),
     }
     for name, module in fakes.items():

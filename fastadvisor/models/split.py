@@ -191,9 +191,8 @@ def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) ->
     cut = find_cut(whole.model, whole.head_name, stages)
     if cut is None:
         return None
-    images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0))
-    device = whole.head.weight.device
-    images = images.to(device)
+    weight = whole.head.weight
+    images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     training = whole.training
     whole.eval()
     try:

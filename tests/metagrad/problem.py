@@ -1,0 +1,100 @@
+"""Small problems on which engines are compared: a network, a method and two batches, all float64 and seeded."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastadvisor.config import MethodConfig
+from fastadvisor.data.types import Batch
+from fastadvisor.metagrad import VirtualStep
+from fastadvisor.methods import Method, build_method
+from fastadvisor.models import SplitClassifier, split
+from fastadvisor.models.cifar_resnet import CifarResNet
+from fastadvisor.step import Step
+
+CLASSES, SIZE = 5, 12
+
+
+def small(*middle):
+    """A convolutional network with ``middle`` after its first convolution."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        *middle,
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, CLASSES),
+    )
+
+
+NETWORKS = {
+    "batchnorm": lambda: CifarResNet(8, CLASSES),
+    "groupnorm": lambda: small(nn.GroupNorm(2, 8)),
+    "no-norm": lambda: small(),
+    "dropout": lambda: small(nn.BatchNorm2d(8), nn.Dropout(0.3)),
+    "no-head-bias": lambda: nn.Sequential(*list(small(nn.BatchNorm2d(8)))[:-1], nn.Linear(8, CLASSES, bias=False)),
+}
+
+
+def batch(size, generator, dtype=torch.float64):
+    images = torch.randn(size, 3, SIZE, SIZE, generator=generator, dtype=dtype)
+    return Batch(images, torch.randint(CLASSES, (size,), generator=generator), torch.arange(size))
+
+
+@dataclass
+class Problem:
+    model: SplitClassifier
+    method: Method
+    train: Batch
+    meta: Batch
+
+    def gradient(self, engine, step=None):
+        """Lmeta and ∇θ Lmeta by ``engine``, from the same random state for every engine."""
+        step = VirtualStep(0.1) if step is None else step
+        torch.manual_seed(1)
+        shared = self.shared(engine)
+        torch.manual_seed(2)
+        advice = self.method.advise(shared.features.detach(), shared.loss_pre, self.train.labels, shared.draw)
+        virtual = engine.virtual_train(self.model, self.method, shared, advice, step)
+        return engine.meta_gradient(self.model, self.method, shared, advice, virtual, self.meta, step)
+
+    def shared(self, engine):
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        return Step(self.model, self.method, optimizer, None, engine, engine.precision).loss_pre_calculation(self.train)
+
+    def meta_loss(self, engine):
+        """Lmeta alone, as a function of the advisor's parameters as they stand: for finite differences."""
+        torch.manual_seed(1)
+        shared = self.shared(engine)
+        torch.manual_seed(2)
+        advice = self.method.advise(shared.features.detach(), shared.loss_pre, self.train.labels, shared.draw)
+        virtual = engine.virtual_train(self.model, self.method, shared, advice, VirtualStep(0.1))
+        return float(engine.meta_gradient(self.model, self.method, shared, advice, virtual, self.meta, VirtualStep(0.1)).loss)
+
+
+def problem(method="mfrw-mes", network="batchnorm", dtype=torch.float64, method_class=None, **settings):
+    torch.manual_seed(0)
+    model = split(NETWORKS[network](), network, (SIZE, SIZE), CLASSES).to(dtype)
+    config = MethodConfig(method=method, **settings)
+    features = model.head.in_features
+    built = build_method(config, features, CLASSES) if method_class is None else method_class(config, features, CLASSES)
+    if built.advisor is not None:
+        built.advisor.to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    return Problem(model, built, batch(16, generator, dtype), batch(10, generator, dtype))
+
+
+def flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def relative(got, expected):
+    """‖got − expected‖ / ‖expected‖."""
+    return float((flat(got) - flat(expected)).norm() / flat(expected).norm())
+
+
+plain = nullcontext

@@ -1,0 +1,224 @@
+"""The gradient-check suite: the exact engine against double backward, and double backward against finite differences."""
+
+import copy
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.nn.functional import cosine_similarity
+
+import fastadvisor.methods.base as base
+from fastadvisor.metagrad import ForwardEngine, ReferenceEngine, VirtualStep
+from fastadvisor.methods.mfrw_mes import MFRWMES
+from fastadvisor.models import cut_at
+from fastadvisor.runtime.precision import autocast
+from tests.metagrad.problem import CLASSES, NETWORKS, SIZE, flat, plain, problem, relative
+
+METHODS = ["mfrw", "mes", "mfrw-mes", "mw-net"]
+SETTINGS = [
+    ("mes", {"beta_draw": "sample"}),
+    ("mes", {"beta_draw": "batch"}),
+    ("mes", {"beta_draw": "expected"}),
+    ("mfrw-mes", {"beta_draw": "expected"}),
+    ("mw-net", {"weight_normalization": "sum"}),
+]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_equals_double_backward(method, network):
+    task = problem(method, network)
+    expected, got = task.gradient(ReferenceEngine(plain)), task.gradient(ForwardEngine(plain))
+    assert flat(expected.gradients).norm() > 1e-6, "the problem is degenerate: any answer would pass"
+    assert relative(got.gradients, expected.gradients) <= 1e-10
+    assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-12)
+
+
+@pytest.mark.parametrize(("method", "settings"), SETTINGS)
+def test_forward_equals_double_backward_in_every_setting(method, settings):
+    task = problem(method, **settings)
+    expected, got = task.gradient(ReferenceEngine(plain)), task.gradient(ForwardEngine(plain))
+    assert relative(got.gradients, expected.gradients) <= 1e-10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_virtual_step_with_momentum_and_weight_decay_is_exact_too(method):
+    task = problem(method)
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-2)
+    task.model(task.train.images).sum().backward()
+    optimizer.step()  # fills the momentum buffers
+    step = VirtualStep(0.1, optimizer)
+    expected, got = task.gradient(ReferenceEngine(plain), step), task.gradient(ForwardEngine(plain), step)
+    assert relative(got.gradients, expected.gradients) <= 1e-10
+    assert float(got.loss) != pytest.approx(float(task.gradient(ForwardEngine(plain)).loss), rel=1e-6)
+
+
+def test_the_virtual_step_with_the_optimizer_is_the_optimizers_own_step():
+    task = problem()
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-2)
+    engine = ForwardEngine(plain)
+    task.model(task.train.images).sum().backward()
+    optimizer.step()
+    shared = task.shared(engine)
+    advice = task.method.advise(shared.features.detach(), shared.loss_pre, task.train.labels, shared.draw)
+    virtual = engine.virtual_train(task.model, task.method, shared, advice, VirtualStep(0.1, optimizer))
+    optimizer.zero_grad()
+    task.method.loss(shared.features, task.train.labels, task.model.head, advice.detach()).backward()
+    optimizer.step()
+    for name, parameter in task.model.named_parameters():
+        torch.testing.assert_close(virtual[name], parameter.detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_double_backward_equals_finite_differences(method):
+    task = problem(method, "batchnorm")
+    engine = ReferenceEngine(plain)
+    gradient = flat(task.gradient(engine).gradients)
+    parameters = list(task.method.advisor.parameters())
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+        losses = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(task)
+            for parameter, d in zip(moved.method.advisor.parameters(), direction, strict=True):
+                parameter.data += sign * 1e-6 * d
+            losses.append(moved.meta_loss(engine))
+        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(float(gradient @ flat(direction)), rel=1e-4)
+
+
+class Focal(MFRWMES):
+    """A method with a loss of its own, for which no closed form has been written."""
+
+    def loss(self, f_BD, labels, head, advice):
+        loss_B = base.mes_cross_entropy(
+            head(base.reweight_features(f_BD, advice.mask)), advice.equalisation, labels, advice.beta
+        )
+        return ((1 - torch.exp(-loss_B)) ** 2 * loss_B).mean()
+
+
+def test_a_method_with_its_own_loss_is_exact_without_a_closed_form():
+    task = problem(method_class=Focal)
+    expected, got = task.gradient(ReferenceEngine(plain)), task.gradient(ForwardEngine(plain))
+    assert relative(got.gradients, expected.gradients) <= 1e-10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_closed_form_equals_a_double_backward_behind_the_features(method, monkeypatch):
+    task = problem(method)
+    closed = task.gradient(ForwardEngine(plain))
+    monkeypatch.setattr(base, "closed_tangent", base.double_backward_tangent)
+    assert relative(closed.gradients, task.gradient(ForwardEngine(plain)).gradients) <= 1e-12
+
+
+@pytest.mark.parametrize("engine", [ReferenceEngine(plain), ForwardEngine(plain)], ids=["reference", "forward"])
+@pytest.mark.parametrize("cut", [False, True], ids=["exact", "cut"])
+def test_running_statistics_and_random_state_are_untouched(engine, cut):
+    task = problem(network="dropout" if not cut else "batchnorm")
+    if cut:
+        if isinstance(engine, ReferenceEngine):
+            pytest.skip("the reference engine is always exact")
+        engine = ForwardEngine(plain, cut_at(task.model, (SIZE, SIZE), 1))
+    shared = task.shared(engine)  # the one pass that may touch them
+    buffers = [buffer.clone() for buffer in task.model.buffers()]
+    assert buffers
+    weights = [parameter.detach().clone() for parameter in task.model.parameters()]
+    advice = task.method.advise(shared.features.detach(), shared.loss_pre, task.train.labels, shared.draw)
+    virtual = engine.virtual_train(task.model, task.method, shared, advice, VirtualStep(0.1))
+    shared.features.sum().backward(retain_graph=True)  # the graph must survive for the actual step
+    before = torch.get_rng_state()
+    engine.meta_gradient(task.model, task.method, shared, advice, virtual, task.meta, VirtualStep(0.1))
+    if cut:  # a network without dropout draws nothing at all
+        assert torch.equal(torch.get_rng_state(), before)
+    for buffer, untouched in zip(task.model.buffers(), buffers, strict=True):
+        assert torch.equal(buffer, untouched)
+    for parameter, untouched in zip(task.model.parameters(), weights, strict=True):
+        assert torch.equal(parameter.detach(), untouched)
+    shared.features.sum().backward()
+
+
+def test_the_shared_forward_updates_running_statistics_once():
+    task = problem()
+    tracked = [m for m in task.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    task.gradient(ForwardEngine(plain))
+    assert [int(module.num_batches_tracked) for module in tracked] == [1] * len(tracked)
+
+
+def test_no_operation_of_the_kernels_package_sees_a_dual_number(monkeypatch):
+    def guarded(operation):
+        def call(*tensors):
+            for tensor in tensors:
+                if isinstance(tensor, torch.Tensor):
+                    assert forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None
+            calls.append(operation.__name__)
+            return operation(*tensors)
+
+        return call
+
+    calls = []
+    for name in ("mes_cross_entropy", "reweight_features", "log_weights"):
+        monkeypatch.setattr(base, name, guarded(getattr(base, name)))
+    problem("mfrw-mes").gradient(ForwardEngine(plain))
+    assert set(calls) == {"mes_cross_entropy", "reweight_features", "log_weights"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_autocast_keeps_the_direction(method):
+    task = problem(method, dtype=torch.float32)
+    exact = task.gradient(ForwardEngine(plain))
+    mixed = task.gradient(ForwardEngine(lambda: autocast(torch.device("cpu"), True)))
+    assert all(g.dtype == torch.float32 for g in mixed.gradients)
+    assert cosine_similarity(flat(mixed.gradients), flat(exact.gradients), dim=0) >= 0.98
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_cut_differentiates_through_the_top_stages_only(stages):
+    """With everything below the cut frozen, double backward gives the same: the approximation is exactly that."""
+    task = problem()
+    cut = cut_at(task.model, (SIZE, SIZE), stages)
+    assert cut is not None
+    got = task.gradient(ForwardEngine(plain, cut))
+    whole = task.gradient(ForwardEngine(plain))
+    above = task.model.part_parameters(cut)
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(name in above)
+    expected = task.gradient(ReferenceEngine(plain))
+    assert relative(got.gradients, expected.gradients) <= 1e-10
+    assert 1e-6 < relative(got.gradients, whole.gradients), "the cut changed nothing: was it there?"
+    assert cosine_similarity(flat(got.gradients), flat(whole.gradients), dim=0) > 0.5
+
+
+def test_the_same_units_are_dropped_in_the_tangent_pass_above_a_cut():
+    """Dropout both below and above the cut: the tangent pass starts from the random state at the cut."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Dropout(0.5), *list(NETWORKS["dropout"]())[:-1], torch.nn.Dropout(0.5), torch.nn.Linear(8, CLASSES)
+    )
+    NETWORKS["both"] = lambda: model
+    try:
+        task = problem(network="both")
+    finally:
+        del NETWORKS["both"]
+    cut = cut_at(task.model, (SIZE, SIZE), 1)
+    assert cut is not None
+    assert "model.0" not in task.model.part_parameters(cut)
+    got = task.gradient(ForwardEngine(plain, cut))
+    above = task.model.part_parameters(cut)
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(name in above)
+    assert relative(got.gradients, task.gradient(ReferenceEngine(plain)).gradients) <= 1e-10
+
+
+def test_attention_has_a_tangent():
+    """Fused attention kernels have no forward-mode formula; the engine must use the plain one."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    NETWORKS["attention"] = lambda: torchvision.models.VisionTransformer(SIZE, 4, 2, 2, 16, 32, num_classes=CLASSES)
+    try:
+        task = problem("mfrw", "attention")
+    finally:
+        del NETWORKS["attention"]
+    torch.nn.init.normal_(task.model.head.weight)  # zero at the start, which would hide everything before it
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the oracle's double backward needs it too
+        expected = task.gradient(ReferenceEngine(plain))
+    assert relative(task.gradient(ForwardEngine(plain)).gradients, expected.gradients) <= 1e-10

@@ -1,0 +1,224 @@
+import json
+import math
+
+import pytest
+import torch
+
+import fastadvisor
+from fastadvisor import trainer as trainer_module
+from fastadvisor.config import Config, resolve
+from fastadvisor.data import load_source, prepare
+from fastadvisor.errors import UserError
+from fastadvisor.models.cifar_resnet import CifarResNet
+from fastadvisor.trainer import Trainer, train_config
+
+QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
+TIMES = ("images_per_second", "step_ms_median", "seconds")
+
+
+def settings(output, **changes):
+    return resolve(Config, **{**QUIET, "epochs": 3, "output": str(output), **changes})
+
+
+def trainer(**changes):
+    config = resolve(Config, **{**QUIET, "epochs": 2, **changes})
+    return Trainer(config, prepare(load_source(config), config, config.seed), torch.device("cpu"))
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def test_the_run_folder_and_every_key_of_the_summary(tmp_path):
+    result = train_config(settings(tmp_path / "run", amp=True, tensorboard=True))
+    names = {entry.name for entry in result.folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "model.pt"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary))
+    assert (summary["method"], summary["dataset"], summary["seed"], summary["epochs"]) == ("mfrw-mes", "digits", 0, 3)
+    assert (summary["train_size"], summary["meta_size"], summary["test_size"]) == (486, 100, 497)
+    assert summary["train_size"] == sum(summary["class_counts"])
+    assert 0.3 < summary["noise_rate"] < 0.5
+    lines = metrics(result.folder)
+    top1 = [line["test_top1"] for line in lines]
+    assert summary["test_top1"] == {"last": top1[-1], "peak": max(top1), "mean_last5": pytest.approx(sum(top1) / 3)}
+    assert summary["test_top5"] >= summary["test_top1"]["last"]
+    assert list(summary["per_class_top1"]) == [str(digit) for digit in range(10)]
+    assert set(summary["many_medium_few"]) == {"many", "medium", "few"}
+    for key in ("images_per_second", "step_ms_median", "peak_memory_mb", "train_seconds"):
+        assert summary[key] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["device"] == "cpu"
+
+
+def test_model_pt_is_the_plain_classifier(tmp_path):
+    result = train_config(settings(tmp_path / "run", epochs=1))
+    model = CifarResNet(8, 10)
+    model.load_state_dict(torch.load(result.folder / "model.pt", weights_only=True))
+    for ours, theirs in zip(result.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    evaluated = fastadvisor.evaluate(result.folder, device="cpu")
+    assert evaluated["top1"] == pytest.approx(result.summary["test_top1"]["last"])
+    assert fastadvisor.evaluate(result.folder, checkpoint="best", device="cpu")["top1"] == pytest.approx(
+        result.summary["test_top1"]["peak"]
+    )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    runs = [train_config(settings(tmp_path / name, epochs=1, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert metrics(runs[0].folder) == metrics(runs[1].folder)
+    assert metrics(runs[0].folder) != metrics(runs[2].folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "mfrw-mes"},
+        {"method": "finetune", "finetune_fraction": 0.5},
+        {"virtual_step": "optimizer", "schedule": "step"},
+    ],
+    ids=["mfrw-mes", "finetune", "optimizer"],
+)
+def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
+    whole = train_config(settings(tmp_path / "whole", epochs=4, **changes))
+    epoch = Trainer._train_epoch
+
+    def killed(self, bar):
+        if self.epoch == 2:
+            for _ in range(2):  # part of an epoch is lost, and so must be all it did
+                self.step(*self._batches(self.phases[0]))
+            raise KeyboardInterrupt
+        return epoch(self, bar)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", killed)
+    part = settings(tmp_path / "part", epochs=4, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train_config(part)
+    monkeypatch.undo()
+    assert len(metrics(tmp_path / "part")) == 2
+    torch.manual_seed(999)  # another process: whatever state it is in must not matter
+    resumed = train_config(settings(tmp_path / "part", epochs=4, resume=True, **changes))
+    assert metrics(resumed.folder) == metrics(whole.folder)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+    ends = [torch.load(run.folder / "last.pt", weights_only=True) for run in (whole, resumed)]
+    for part_ in ("advisor", "optimizer", "advisor_optimizer", "random", "train_loader", "meta_loader"):
+        assert same(ends[0][part_], ends[1][part_]), part_
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = train_config(settings(tmp_path / "run", epochs=2))
+    weights = (first.folder / "model.pt").read_bytes()
+    again = train_config(settings(tmp_path / "run", epochs=2, resume=True))
+    assert (first.folder / "model.pt").read_bytes() == weights
+    assert again.summary["test_top1"] == first.summary["test_top1"]
+    assert len(metrics(first.folder)) == 2
+
+
+def seen_ids(run, monkeypatch):
+    """Train and return, per epoch, the ids of its train batches and of its meta batches."""
+    seen = []
+    step = type(run.step).__call__
+
+    def spy(self, train, meta):
+        seen.append((set(train.ids.tolist()), None if meta is None else set(meta.ids.tolist())))
+        return step(self, train, meta)
+
+    monkeypatch.setattr(type(run.step), "__call__", spy)
+    with trainer_module.tqdm(disable=True) as bar:
+        while run.epoch < run.config.epochs:
+            run._train_epoch(bar)
+            run.epoch += 1
+    return seen
+
+
+@pytest.mark.parametrize("method", ["ce", "meta-only", "finetune", "mfrw"])
+def test_each_method_sees_the_images_it_should(method, monkeypatch):
+    run = trainer(method=method, finetune_fraction=0.5)
+    steps = len(run.train_loader)
+    train, meta = set(run.data.train_ids.tolist()), set(run.data.meta_ids.tolist())
+    seen = seen_ids(run, monkeypatch)
+    assert len(seen) == 2 * steps
+    sources = {"ce": [train, train], "meta-only": [meta, meta], "finetune": [train, meta], "mfrw": [train, train]}[method]
+    for index, (ids, meta_ids) in enumerate(seen):
+        assert ids <= sources[index // steps]
+        assert (meta_ids is None) if method != "mfrw" else (meta_ids <= meta)
+
+
+def test_the_advisor_learns_and_the_floors_have_none(monkeypatch):
+    run = trainer(method="mfrw-mes", epochs=1)
+    before = [parameter.detach().clone() for parameter in run.method.advisor.parameters()]
+    seen_ids(run, monkeypatch)
+    for parameter, old in zip(run.method.advisor.parameters(), before, strict=True):
+        assert not torch.equal(parameter, old)
+    assert trainer(method="ce").method.advisor is None
+
+
+def test_labels_change_in_training_and_nowhere_else():
+    run = trainer(noise="flip", noise_rate=1.0, method="ce")
+    data = run.data
+    assert (data.labels[data.train_ids] != data.true_labels[data.train_ids]).all()
+    assert torch.equal(data.labels[data.meta_ids], data.true_labels[data.meta_ids])
+    batch = run.train_loader.next_batch()
+    assert torch.equal(batch.labels, data.labels[batch.ids])
+
+
+def test_approx_meta_starts_at_the_top_stage(capsys):
+    run = trainer(approx_meta=True)
+    assert run.step.engine.cut.entry == "layer3"
+    assert run.summary_of_engine() == "top stages from layer3"
+    assert trainer().step.engine.cut is None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_that_cannot_be_cut_says_so_and_runs_exactly(capsys):
+    run = trainer(approx_meta=True, approx_stages=9)
+    assert run.step.engine.cut is None
+    assert "exact" in capsys.readouterr().out
+
+
+def test_training_that_diverges_stops_with_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"diverged.*--lr"):
+        train_config(settings(tmp_path / "run", method="ce", lr=1e20, schedule="constant"))
+
+
+def test_saturated_equalisation_stays_finite():
+    """Trap 1: once s = σ(v) rounds to 1, log(1 − s) is −inf; from v it is not."""
+    run = trainer(method="mfrw-mes")
+    with torch.no_grad():
+        run.method.advisor.to_equalisation.bias.fill_(1e4)
+    for _ in range(3):
+        result = run.step(*run._batches(run.phases[0]))
+        assert math.isfinite(float(result.loss))
+        assert math.isfinite(float(result.meta_loss))
+    assert all(parameter.isfinite().all() for parameter in run.method.advisor.parameters())
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
+def test_python_in_five_lines(tmp_path):
+    result = fastadvisor.train(dataset="digits", method="ce", epochs=1, output=str(tmp_path / "run"), **QUIET)
+    assert result.summary["method"] == "ce"
+    with pytest.raises(UserError, match="noise_rate"):
+        fastadvisor.train(noise_rat=0.4)
+
+
+def test_flipped_digits_the_advisor_beats_cross_entropy(tmp_path):
+    """The claim of the README in small: 40 % single-target flips, no long tail, a third of the default epochs."""
+    last = {}
+    for method in ("ce", "mfrw-mes"):
+        config = settings(tmp_path / method, method=method, epochs=30, imbalance_factor=1, seed=1)
+        last[method] = train_config(config).summary["test_top1"]["last"]
+    assert last["mfrw-mes"] >= 88
+    assert last["mfrw-mes"] >= last["ce"] + 12
