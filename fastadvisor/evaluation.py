@@ -91,8 +91,8 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
         device: auto, cpu or cuda.
 
     Returns:
-        The fields of :class:`Accuracy`, and ``run``, ``checkpoint``, ``dataset``, ``method``, ``model``, ``test_size``,
-        ``classes``.
+        The fields of :class:`Accuracy` (``per_class_top1`` by class name), and ``run``, ``checkpoint``, ``dataset``,
+        ``method``, ``model``, ``test_size``.
 
     Raises:
         UserError: no such run or checkpoint, a checkpoint of another model, no data.
@@ -119,7 +119,8 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
         precision=lambda: autocast(chosen, config.amp),
     )
     about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
-    return {**about, "classes": data.classes, "test_size": len(data.test_labels), **asdict(result)}
+    per_class = dict(zip(data.classes, result.per_class_top1, strict=True))
+    return {**about, "test_size": len(data.test_labels), **asdict(result), "per_class_top1": per_class}
 
 
 def _config_of(run: Path) -> Config:

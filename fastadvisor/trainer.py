@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fastadvisor import reporting
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import Batch, ResidentImages, ResidentLoader, Source, TrainingData, load_source, prepare
 from fastadvisor.data.augment import Augmentation
@@ -133,26 +133,27 @@ class Trainer:
 
     def run(self, folder: RunFolder) -> TrainResult:
         """Train the epochs that are left and write the run folder."""
+        config = self.config
         steps = len(self.train_loader)
         memory.reset_peak(self.device)
-        board = TensorBoard(folder.path if self.config.tensorboard else None, purge_step=self.epoch + 1)
+        board = TensorBoard(folder.path if config.tensorboard else None, purge_step=self.epoch + 1)
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
-        hidden = None if self.config.progress else True
-        print(self._headline(folder))
-        with tqdm(total=self.config.epochs * steps, initial=self.epoch * steps, unit="step", disable=hidden) as bar:
-            while self.epoch < self.config.epochs:
+        hidden = None if config.progress else True
+        print(reporting.headline(config, self.data, self.device, folder.path))
+        with tqdm(total=config.epochs * steps, initial=self.epoch * steps, unit="step", disable=hidden) as bar:
+            while self.epoch < config.epochs:
                 record = self._train_epoch(bar)
                 self.epoch += 1
                 self.history.append(record)
                 folder.append_metrics(record)
                 board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
                 self._save(folder)
-                bar.write(self._line(record))
+                bar.write(reporting.epoch_line(record, config.epochs))
         board.close()
         summary = self.summary()
         folder.write_summary(summary)
         checkpoint.write(folder.model, self.model.model.state_dict())
-        print(f"Finished: {_results(summary)}. Everything is in {folder.path}.")
+        print(f"Finished: {reporting.results(summary)}. Everything is in {folder.path}.")
         return TrainResult(summary, folder.path, self.model.model)
 
     def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
@@ -246,70 +247,20 @@ class Trainer:
         if self.history[-1]["test_top1"] >= max(record["test_top1"] for record in self.history):
             checkpoint.save(folder.best, state)
 
-    def summary(self) -> dict[str, Any]:
-        """Return what ``summary.json`` holds, all of it measured."""
-        config, top1 = self.config, [record["test_top1"] for record in self.history]
-        last = self.history[-1]
-        return {
-            "method": config.method,
-            "dataset": self.data.name,
-            "model": config.model,
-            "seed": config.seed,
-            "epochs": self.epoch,
-            "test_top1": {"last": top1[-1], "peak": max(top1), "mean_last5": mean(top1[-5:])},
-            "test_top5": last["test_top5"],
-            "per_class_top1": dict(zip(self.data.classes, last["test_per_class_top1"], strict=True)),
-            "many_medium_few": last["test_many_medium_few"],
-            "images_per_second": median([record["images_per_second"] for record in self.history]),
-            "step_ms_median": median([record["step_ms_median"] for record in self.history]),
-            "peak_memory_mb": memory.peak_mb(self.device),
-            "train_size": len(self.data.train_ids),
-            "meta_size": len(self.data.meta_ids),
-            "test_size": len(self.data.test_labels),
-            "class_counts": self.data.class_counts().tolist(),
-            "imbalance_factor": config.imbalance_factor,
-            "noise": config.noise,
-            "noise_rate": self.data.noise_rate(),
-            "amp": config.amp,
-            "meta_gradient": self.summary_of_engine(),
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "train_seconds": sum(record["seconds"] for record in self.history),
-            "versions": environment(),
-            "device": str(self.device),
-        }
-
-    def summary_of_engine(self) -> str | None:
-        """Say how the meta-gradient was computed; None where the method needs none."""
+    def meta_gradient(self) -> str | None:
+        """Say how the meta-gradient is computed; None where the method needs none."""
         if self.method.advisor is None:
             return None
         cut = self.step.engine.cut
         return "exact" if cut is None else f"top stages from {cut.entry}"
 
-    def _headline(self, folder: RunFolder) -> str:
-        config, data = self.config, self.data
-        noise = 100 * data.noise_rate()
-        return (
-            f"{config.method} with {config.model} on {data.name}: {len(data.train_ids):,} training images in "
-            f"{len(data.classes)} classes ({noise:.1f} % of labels changed), {len(data.meta_ids):,} meta, "
-            f"{len(data.test_labels):,} test; {self.device}; run folder {folder.path}"
-        )
-
-    def _line(self, record: dict[str, Any]) -> str:
-        meta = "" if record["meta_loss"] is None else f"  meta loss {record['meta_loss']:.3f}"
-        return (
-            f"epoch {record['epoch']:>3}/{self.config.epochs}  loss {record['loss']:.3f}{meta}  "
-            f"test {record['test_top1']:.2f} %  lr {record['lr']:.3g}  {record['images_per_second']:,.0f} images/s"
-        )
-
-
-def mean(values: Sequence[float]) -> float:
-    """Return the arithmetic mean."""
-    return sum(values) / len(values)
-
-
-def _results(summary: dict[str, Any]) -> str:
-    top1 = summary["test_top1"]
-    return (
-        f"test accuracy {top1['last']:.2f} % last, {top1['peak']:.2f} % peak, {top1['mean_last5']:.2f} % mean of last five, "
-        f"{summary['step_ms_median']:.1f} ms a step"
-    )
+    def summary(self) -> dict[str, Any]:
+        """Return what ``summary.json`` holds, all of it measured."""
+        return {
+            **reporting.summary(self.config, self.data, self.history),
+            "meta_gradient": self.meta_gradient(),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "peak_memory_mb": memory.peak_mb(self.device),
+            "versions": environment(),
+            "device": str(self.device),
+        }

@@ -178,7 +178,7 @@ def test_labels_change_in_training_and_nowhere_else():
 def test_approx_meta_starts_at_the_top_stage(capsys):
     run = trainer(approx_meta=True)
     assert run.step.engine.cut.entry == "layer3"
-    assert run.summary_of_engine() == "top stages from layer3"
+    assert run.meta_gradient() == "top stages from layer3"
     assert trainer().step.engine.cut is None
     assert capsys.readouterr().out == ""
 

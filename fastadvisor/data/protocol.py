@@ -72,6 +72,7 @@ def prepare(source: Source, config: DataConfig, seed: int) -> TrainingData:
         test_labels=source.test_labels,
         mean=source.mean,
         std=source.std,
+        meta_held_out=source.meta_images is None,
     )
 
 

@@ -63,6 +63,8 @@ class TrainingData:
     test_labels: Tensor
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    meta_held_out: bool = True
+    """Whether the meta-set was taken out of the training images, its labels believed; else the data set brought its own."""
 
     def class_counts(self) -> Tensor:
         """Training images per class, (C,) int64, by the label before injected noise."""

@@ -184,7 +184,7 @@ def test_a_cut_differentiates_through_the_top_stages_only(stages):
         parameter.requires_grad_(name in above)
     expected = task.gradient(ReferenceEngine(plain))
     assert relative(got.gradients, expected.gradients) <= 1e-10
-    assert 1e-6 < relative(got.gradients, whole.gradients), "the cut changed nothing: was it there?"
+    assert relative(got.gradients, whole.gradients) > 1e-6, "the cut changed nothing: was it there?"
     assert cosine_similarity(flat(got.gradients), flat(whole.gradients), dim=0) > 0.5
 
 

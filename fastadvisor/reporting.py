@@ -1,0 +1,72 @@
+"""A run in words and in ``summary.json``."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastadvisor.config import Config
+from fastadvisor.data import TrainingData
+from fastadvisor.runtime.timer import median
+
+
+def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the part of ``summary.json`` that data and epochs decide.
+
+    Args:
+        config: the resolved settings.
+        data: what the run trained and tested on.
+        history: one record an epoch, as in ``metrics.jsonl``.
+    """
+    last, top1 = history[-1], [record["test_top1"] for record in history]
+    tail = top1[-5:]
+    return {
+        "method": config.method,
+        "dataset": data.name,
+        "model": config.model,
+        "seed": config.seed,
+        "epochs": len(history),
+        "test_top1": {"last": top1[-1], "peak": max(top1), "mean_last5": sum(tail) / len(tail)},
+        "test_top5": last["test_top5"],
+        "per_class_top1": dict(zip(data.classes, last["test_per_class_top1"], strict=True)),
+        "many_medium_few": last["test_many_medium_few"],
+        "images_per_second": median([record["images_per_second"] for record in history]),
+        "step_ms_median": median([record["step_ms_median"] for record in history]),
+        "train_seconds": sum(record["seconds"] for record in history),
+        "train_size": len(data.train_ids),
+        "meta_size": len(data.meta_ids),
+        "test_size": len(data.test_labels),
+        "class_counts": data.class_counts().tolist(),
+        "imbalance_factor": config.imbalance_factor,
+        "noise": config.noise,
+        "noise_rate": data.noise_rate(),
+        "amp": config.amp,
+    }
+
+
+def headline(config: Config, data: TrainingData, device: torch.device, folder: Path) -> str:
+    """Say what is about to be trained, on what, and where the results go."""
+    origin = "held out of the training images, their labels taken as right" if data.meta_held_out else "a set of its own"
+    return (
+        f"{config.method} with {config.model} on {data.name}: {len(data.train_ids):,} training images in "
+        f"{len(data.classes)} classes ({100 * data.noise_rate():.1f} % of labels changed by us), "
+        f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test_labels):,} test images; {device}; run folder {folder}"
+    )
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """Sum up an epoch."""
+    meta = "" if record["meta_loss"] is None else f"  meta loss {record['meta_loss']:.3f}"
+    return (
+        f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}{meta}  "
+        f"test {record['test_top1']:.2f} %  lr {record['lr']:.3g}  {record['images_per_second']:,.0f} images/s"
+    )
+
+
+def results(summary: dict[str, Any]) -> str:
+    """Sum up a finished run."""
+    top1 = summary["test_top1"]
+    return (
+        f"test accuracy {top1['last']:.2f} % last, {top1['peak']:.2f} % peak, {top1['mean_last5']:.2f} % mean of last five; "
+        f"{summary['step_ms_median']:.1f} ms a step, {summary['images_per_second']:,.0f} images/s"
+    )
