@@ -31,11 +31,18 @@ class PhaseEpochs:
 
 
 def divide(phases: list[Phase], epochs: int) -> list[PhaseEpochs]:
-    """Give each phase its share of ``epochs``, in order, each rounded to whole epochs."""
+    """Give each phase its share of ``epochs``, in order, rounded to whole epochs.
+
+    A phase with any share gets one epoch at least, as long as there are epochs for all of them.
+    """
     divided, start, share = [], 0, 0.0
+    left = sum(phase.share > 0 for phase in phases)
+    least = 1 if epochs >= left else 0
     for phase in phases:
         share += phase.share
-        end = round(share * epochs)
+        wanted = phase.share > 0
+        left -= wanted
+        end = min(max(round(share * epochs), start + least * wanted), epochs - least * left)
         divided.append(PhaseEpochs(phase, start, end))
         start = end
     return divided

@@ -38,7 +38,7 @@ class TrainResult:
     """The content of ``summary.json``."""
     folder: Path
     model: nn.Module
-    """The trained classifier, the plain torchvision (or timm, or our) module."""
+    """The trained classifier, the plain torchvision (or timm, or our) module, in evaluation mode."""
 
 
 def train(config: str | None = None, /, **settings: Any) -> TrainResult:
@@ -154,7 +154,7 @@ class Trainer:
         folder.write_summary(summary)
         checkpoint.write(folder.model, self.model.model.state_dict())
         print(f"Finished: {reporting.results(summary)}. Everything is in {folder.path}.")
-        return TrainResult(summary, folder.path, self.model.model)
+        return TrainResult(summary, folder.path, self.model.model.eval())
 
     def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
         steps = len(self.train_loader)

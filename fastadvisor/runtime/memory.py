@@ -1,5 +1,6 @@
 """Peak memory of a run."""
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,4 +30,5 @@ def peak_mb(device: torch.device) -> float | None:
         import resource
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 2**20 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

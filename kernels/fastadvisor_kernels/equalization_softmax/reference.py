@@ -15,22 +15,24 @@ def log_weights(v_BC: Tensor, y_B: Tensor, beta: Beta = None) -> Tensor:
     Args:
         v_BC: (B, C) the advisor's output before the sigmoid, any float dtype.
         y_B: (B,) int64 targets.
-        beta: None for 1; a float in [0, 1], taken as an expected value; or a {0, 1} tensor, (B, 1) or (B, C).
+        beta: None for 1; a float in [0, 1], taken as an expected value; or a {0, 1} tensor, (1, 1), (B, 1) or (B, C).
 
     Returns:
         (B, C) in the dtype of ``v_BC``.
 
     Raises:
-        ValueError: a float ``beta`` outside [0, 1].
+        ValueError: a float ``beta`` outside [0, 1], or a tensor of another shape.
     """
+    if isinstance(beta, Tensor) and beta.shape not in ((1, 1), (len(v_BC), 1), v_BC.shape):
+        raise ValueError(f"beta must be (1, 1), (B, 1) or (B, C) for (B, C) = {tuple(v_BC.shape)}, got {tuple(beta.shape)}.")
     if beta is None:
         a_BC = -softplus(v_BC)
     elif isinstance(beta, Tensor):
         a_BC = -beta.to(v_BC.dtype) * softplus(v_BC)
     elif not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must lie in [0, 1], got {beta}.")
-    elif beta == 1.0:
-        a_BC = -softplus(v_BC)  # log1p(−σ(v)) would be −inf for large v
+    elif 1.0 - beta < torch.finfo(v_BC.dtype).eps:  # 1, or as good as: log1p(−β σ(v)) would be −inf for large v
+        a_BC = -softplus(v_BC)
     else:
         a_BC = torch.log1p(-beta * torch.sigmoid(v_BC))
     return a_BC.scatter(1, y_B[:, None], 0.0)
