@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return dispatch(args)
     except UserError as error:
-        print(f"fastadvisor: error: {error}", file=sys.stderr)
+        # A file's name may hold line breaks.
+        print(f"fastadvisor: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastadvisor: interrupted.", file=sys.stderr)
@@ -122,7 +123,7 @@ def run_evaluate(args: list[str]) -> None:
     """``fastadvisor evaluate``."""
     parser = Parser("fastadvisor evaluate", "Test a finished run again.")
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
-    parser.add_argument("--checkpoint", choices=("model", "best"), default="model", help="weights (default: model)")
+    parser.add_argument("--checkpoint", choices=("model", "best", "last"), default="model", help="weights (default: model)")
     parser.add_argument("--data-root", metavar="DIR", help="folder of the data set, if it has moved since")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -14,7 +14,7 @@ from fastadvisor.errors import UserError
 from fastadvisor.methods import check_method
 from fastadvisor.models import check_model
 from fastadvisor.runtime.environment import environment
-from fastadvisor.runtime.run_folder import write_text
+from fastadvisor.runtime.run_folder import RunFolder, write_text
 from fastadvisor.trainer import train_config
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -44,7 +44,8 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
     With ``resume``, finished runs are taken as they are and the one that was cut off continues.
 
     Raises:
-        UserError: an unknown method or model, or an output folder that holds something already.
+        UserError: an unknown method or model, an output folder that holds something already, or with ``resume`` none
+            or other settings.
     """
     methods = [name.strip() for name in config.methods.split(",") if name.strip()]
     if not methods:
@@ -60,11 +61,12 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
         for seed in range(config.seed, config.seed + config.seeds):
             run = folder / f"{method}-seed{seed}"
             finished = run / "summary.json"
+            settings = _run_config(config, method, seed, run, resume=config.resume and (run / "config.yaml").is_file())
             if config.resume and finished.is_file():
-                summaries.append(json.loads(finished.read_text()))
+                RunFolder(run).check_settings(settings)
+                summaries.append(_read_summary(finished))
                 continue
-            resume = config.resume and (run / "last.pt").is_file()
-            summaries.append(train_config(_run_config(config, method, seed, run, resume), source).summary)
+            summaries.append(train_config(settings, source).summary)
         rows.append({"method": method, **_statistics(summaries), "runs": summaries})
         # After every method, so that a comparison that is cut off leaves what it has.
         result = {"config": to_dict(config), "rows": rows, "versions": environment()}
@@ -80,15 +82,32 @@ def _run_config(config: CompareConfig, method: str, seed: int, run: Path, resume
 
 def _folder(config: CompareConfig) -> Path:
     default = f"runs/{datetime.now():%Y%m%d-%H%M%S}-compare-{config.dataset}"
-    folder = Path(default if config.output is None else config.output)
+    folder = Path(default if config.output is None else config.output)  # made with its first run
     if config.resume and config.output is None:
         raise UserError("--resume continues the comparison in a folder; name it with --output.")
-    if folder.is_file():
-        raise UserError(f"--output {folder} is a file; name a folder.")
-    if not config.resume and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"Output folder {folder} is not empty; choose another --output, or add --resume to continue it.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.is_file():
+            raise UserError(f"--output {folder} is a file; name a folder.")
+        found = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        runs = any((folder / name / "config.yaml").is_file() for name in found)
+    except OSError as error:
+        raise UserError(f"Output folder {folder} cannot be read ({error.strerror}); choose another --output.") from None
+    if config.resume and not runs:
+        raise UserError(f"There is no comparison in {folder} to resume; check --output, or drop --resume.")
+    if found and not config.resume:
+        way = ", or add --resume to continue it" if runs else ""
+        raise UserError(f"Output folder {folder} is not empty; choose another --output{way}.")
     return folder
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for read in COLUMNS.values():
+            read(summary)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete it, and --resume writes it again.") from None
+    return summary
 
 
 def _statistics(summaries: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

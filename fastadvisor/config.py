@@ -9,6 +9,7 @@ named by ``config``, flags or keywords.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -21,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fastadvisor import recipes
 from fastadvisor.errors import UserError, nearest
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -143,7 +144,7 @@ class OptimizerConfig:
 class RunConfig:
     """Where and how it runs."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything: meta-set, long tail, noise, weights, data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device."""
@@ -187,7 +188,7 @@ def read_layer(name: str) -> dict[str, Any]:
     """
     if name in recipes.names():
         text = recipes.read(name)
-    elif Path(name).is_file():
+    elif os.path.isfile(name):  # Path.is_file raises on a name that is too long
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -196,10 +197,16 @@ def read_layer(name: str) -> dict[str, Any]:
         raise UserError(f"No recipe or file {name!r}.{nearest(name, recipes.names())} Recipes: {', '.join(recipes.names())}.")
     try:
         layer = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    # ValueError: something like a date with a 13th month.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{name} is not readable as YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(layer, dict):
         raise UserError(f"{name} must hold lines of 'key: value', as in 'epochs: 30'.")
+    keys = [key.value for key, _ in node.value] if node is not None else []
+    for key in layer:
+        if keys.count(key) > 1:  # YAML would take the last one
+            raise UserError(f"{name} sets {key} {keys.count(key)} times; keep one of the lines.")
     return layer
 
 
@@ -247,13 +254,17 @@ def validated(kind: type[C], values: Mapping[str, Any], origin: str = "") -> C:
         UserError: the first value of the wrong type or out of range.
     """
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        checked = TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         key, message = ".".join(str(part) for part in first["loc"][:1]), first["msg"]
         reason = message[0].lower() + message[1:]
         allowed = re.findall(r"'(.*?)'", reason) if first["type"] == "literal_error" else []
         raise UserError(f"{key} = {values.get(key)!r}{origin}: {reason}.{nearest(str(values.get(key)), allowed)}") from None
+    for key, value in values.items():
+        if isinstance(value, bool) and not isinstance(getattr(checked, key), bool):  # YAML's yes and on would count as 1
+            raise UserError(f"{key} = {value!r}{origin}: input should be a number.")
+    return checked
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def cannot_write(path: object, error: OSError) -> UserError:
+    """Return what to raise where a file of a run cannot be written, such as on a full disk."""
+    return UserError(f"{path} cannot be written ({error.strerror}); free some space or choose another --output.")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest entry of ``known``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

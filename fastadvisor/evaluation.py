@@ -1,5 +1,7 @@
 """Accuracy of a classifier: top-1, top-5, per class, and for many-, medium- and few-shot classes."""
 
+import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from fastadvisor.errors import UserError
 from fastadvisor.metagrad import Precision
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint as checkpoints
+from fastadvisor.runtime import memory
 from fastadvisor.runtime.precision import autocast, pick_device
 
 MANY, FEW = 100, 20
@@ -100,31 +103,46 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
     config = _config_of(run)
     path = run / f"{checkpoint}.pt"
     if not path.is_file():
-        raise UserError(f"{run} holds no {checkpoint}.pt; let the run finish (--resume), or try --checkpoint best or last.")
+        best = ", or try --checkpoint best" if (run / "best.pt").is_file() else ""
+        raise UserError(f"{run} holds no {checkpoint}.pt; let the run finish (train --resume --output {run}){best}.")
     if data_root is not None:
         config.data_root = data_root
     chosen = pick_device(device)
     data = prepare(load_source(config), config, config.seed)
+    _check_classes(run, data.classes)
     config.pretrained = False  # the weights come from the checkpoint
     model = build_model(config, len(data.classes), (data.images.shape[1], data.images.shape[2]))
     state = checkpoints.read(path) if checkpoint == "model" else checkpoints.load(path)["model"]
     checkpoints.load_model_state(model.model, state, path)
-    model.to(chosen)
-    result = accuracy(
-        model,
-        data.test_images.to(chosen),
-        data.test_labels.to(chosen),
-        data,
-        batch_size=config.eval_batch_size,
-        precision=lambda: autocast(chosen, config.amp),
-    )
+    with memory.enough(chosen):
+        result = accuracy(
+            model.to(chosen),
+            data.test_images.to(chosen),
+            data.test_labels.to(chosen),
+            data,
+            batch_size=config.eval_batch_size,
+            precision=lambda: autocast(chosen, config.amp),
+        )
     about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
     per_class = dict(zip(data.classes, result.per_class_top1, strict=True))
     return {**about, "test_size": len(data.test_labels), **asdict(result), "per_class_top1": per_class}
 
 
+def _check_classes(run: Path, classes: list[str]) -> None:
+    """Refuse data whose classes are not those the run was trained on, as its summary (once finished) tells."""
+    try:
+        trained = list(json.loads((run / "summary.json").read_text(encoding="utf-8"))["per_class_top1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if sorted(trained) != sorted(classes):
+        other = min(set(trained) ^ set(classes))
+        raise UserError(
+            f"{run} was trained on other classes than the data set has ({other!r} is in one only); check --data-root."
+        )
+
+
 def _config_of(run: Path) -> Config:
     path = run / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where the folder may not be read
         raise UserError(f"{run} is not a run folder (no config.yaml in it); name the folder that train printed.")
     return resolve(Config, str(path))

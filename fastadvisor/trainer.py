@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,19 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult:
     check_method(config.method)
     check_model(config.model)
     device = pick_device(config.device)
-    source = load_source(config) if source is None else source
-    data = prepare(source, config, config.seed)
-    trainer = Trainer(config, data, device)
-    if config.resume:
-        folder = RunFolder.open_for_resume(config.output, config)
-        trainer.restore(folder.last)
-        folder.keep_metrics(trainer.epoch)
-    else:
-        folder = RunFolder.create(config.output, config, f"{config.dataset}-{config.method}")
-    return trainer.run(folder)
+    begun = RunFolder.open_for_resume(config.output, config) if config.resume else None
+    if begun is None:
+        RunFolder.check_free(config.output)
+    with memory.enough(device):
+        source = load_source(config) if source is None else source
+        data = prepare(source, config, config.seed)
+        trainer = Trainer(config, data, device)
+        if begun is None:
+            return trainer.run(RunFolder.create(config.output, config, f"{config.dataset}-{config.method}"))
+        if begun.last.is_file():  # else the run was cut off in its first epoch
+            trainer.restore(begun.last)
+        begun.keep_metrics(trainer.epoch)
+        return trainer.run(begun)
 
 
 class Trainer:
@@ -100,6 +103,7 @@ class Trainer:
             virtual_with_optimizer=config.virtual_step == "optimizer",
         )
         self.train_loader, self.meta_loader = self._loaders()
+        self._check_batches_of_one(shape)
         self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
         self.phases = divide(self.method.phases(), config.epochs)
         self.timer = StepTimer(device)
@@ -125,22 +129,49 @@ class Trainer:
         augment = Augmentation(config.crop_padding, config.horizontal_flip, data.mean, data.std)
         images = ResidentImages.of(data, self.device)
         meta_batch = config.meta_batch_size or min(config.batch_size, len(data.meta_ids))
+        for flag, size, part, ids in (
+            ("--batch-size", config.batch_size, "training", data.train_ids),
+            ("--meta-batch-size", meta_batch, "meta", data.meta_ids),
+        ):
+            if size > len(ids):
+                raise UserError(f"{flag} {size} is larger than the {len(ids)} {part} images there are: lower it.")
         train, meta = (
             ResidentLoader(images, ids, size, augment=augment, device=self.device, seed=2 * config.seed + offset)
             for ids, size, offset in ((data.train_ids, config.batch_size, 0), (data.meta_ids, meta_batch, 1))
         )
         return train, meta
 
+    def _check_batches_of_one(self, shape: tuple[int, int]) -> None:
+        """Find out before the first step, not in it, whether the model normalises over a single value."""
+        ones = [
+            flag
+            for flag, loader in (("--batch-size", self.train_loader), ("--meta-batch-size", self.meta_loader))
+            if loader.batch_size == 1
+        ]
+        if not ones:
+            return
+        self.model.train()
+        try:
+            with torch.no_grad(), self.model.frozen_statistics():
+                self.model(torch.zeros(1, 3, *shape, device=self.device))
+        except ValueError:
+            raise UserError(
+                f"{ones[0]} is 1, and the batch normalisation of {self.config.model} needs more than one image of "
+                f"{shape[0]}×{shape[1]} pixels: raise it."
+            ) from None
+
     def run(self, folder: RunFolder) -> TrainResult:
         """Train the epochs that are left and write the run folder."""
         config = self.config
         steps = len(self.train_loader)
         memory.reset_peak(self.device)
-        board = TensorBoard(folder.path if config.tensorboard else None, purge_step=self.epoch + 1)
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
         hidden = None if config.progress else True
         print(reporting.headline(config, self.data, self.device, folder.path))
-        with tqdm(total=config.epochs * steps, initial=self.epoch * steps, unit="step", disable=hidden) as bar:
+        with (
+            closing(TensorBoard(folder.path if config.tensorboard else None, purge_step=self.epoch + 1)) as board,
+            tqdm(total=config.epochs * steps, initial=self.epoch * steps, unit="step", disable=hidden) as bar,
+        ):
             while self.epoch < config.epochs:
                 record = self._train_epoch(bar)
                 self.epoch += 1
@@ -149,7 +180,6 @@ class Trainer:
                 board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
                 self._save(folder)
                 bar.write(reporting.epoch_line(record, config.epochs))
-        board.close()
         summary = self.summary()
         folder.write_summary(summary)
         checkpoint.write(folder.model, self.model.model.state_dict())
@@ -174,8 +204,12 @@ class Trainer:
         times = self.timer.collect()
         seconds = time.perf_counter() - began
         loss = float(losses) / steps
-        if not math.isfinite(loss):
-            raise UserError(f"Training diverged: the loss is {loss} in epoch {self.epoch + 1}; lower --lr or --advisor-lr.")
+        finite = bool(torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all())
+        if not (finite and math.isfinite(loss)):  # the last step's damage shows in the weights only
+            raise UserError(
+                f"Training diverged in epoch {self.epoch + 1} (loss {loss:.3g}, weights {'' if finite else 'not '}finite); "
+                "lower --lr or --advisor-lr."
+            )
         return {
             "epoch": self.epoch + 1,
             "loss": loss,
@@ -229,6 +263,8 @@ class Trainer:
             UserError: damaged, or of another model, method or data set.
         """
         state = checkpoint.load(path)
+        if state["classes"] != self.data.classes:
+            raise UserError(f"{path} was trained on other classes than the data set has now; restore the data, or start anew.")
         checkpoint.load_model_state(self.model.model, state["model"], path)
         if (state["advisor"] is None) != (self.method.advisor is None):
             raise UserError(f"{path} is a checkpoint of another method; use the --method it was trained with.")

@@ -111,7 +111,7 @@ def test_compare_has_its_own_flags(calls):
         ("evaluate", "The following arguments are required: RUN"),
         ("evaluate a b", "Unexpected argument 'b'"),
         ("evaluate a --jsn", "Unknown flag --jsn. Did you mean '--json'?"),
-        ("evaluate a --checkpoint last", "invalid choice: 'last'"),
+        ("evaluate a --checkpoint first", "invalid choice: 'first'"),
         ("recipes --all", "Unknown flag --all."),
         ("env x", "Unexpected argument 'x'"),
     ],

@@ -194,6 +194,20 @@ def test_training_that_diverges_stops_with_a_sentence(tmp_path):
         train_config(settings(tmp_path / "run", method="ce", lr=1e20, schedule="constant"))
 
 
+def test_weights_that_end_as_nan_do_not_pass_as_trained(tmp_path, monkeypatch):
+    step = trainer_module.Step.actual_train
+
+    def poisoned(self, shared):
+        loss = step(self, shared)
+        next(self.model.parameters()).data.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(trainer_module.Step, "actual_train", poisoned)
+    with pytest.raises(UserError, match="weights not finite"):
+        train_config(settings(tmp_path / "run", method="ce", batch_size=486))  # one step an epoch: its loss was fine
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
 def test_saturated_equalisation_stays_finite():
     """Trap 1: once s = σ(v) rounds to 1, log(1 − s) is −inf; from v it is not."""
     run = trainer(method="mfrw-mes")

@@ -23,11 +23,18 @@ def load_source(config: DataConfig) -> Source:
     """Read the data set that ``config`` names, as it lies on disk.
 
     Raises:
-        UserError: an unknown name, or the data set is missing, incomplete or broken.
+        UserError: an unknown name, a setting that the data set does not have, or it is missing, incomplete or broken.
     """
     if config.dataset not in READERS:
         near = nearest(config.dataset, READERS)
         raise UserError(f"No data set {config.dataset!r}.{near} Data sets: {', '.join(READERS)}.")
+    if config.dataset == "digits" and config.data_root is not None:
+        raise UserError(
+            f"digits comes along and reads nothing from --data-root {config.data_root}: "
+            "name what lies there, as in --dataset imagefolder, or drop --data-root."
+        )
+    if config.image_size is not None and config.dataset != "imagefolder":
+        raise UserError(f"--image-size is for --dataset imagefolder; {config.dataset} has a size of its own: drop it.")
     return READERS[config.dataset](config)
 
 

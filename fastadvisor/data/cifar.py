@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100: the published pickles, or the same images as a pair of folders (formats.md)."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ def read(config: DataConfig) -> Source:
         raise UserError(
             f"{name} needs a folder: --data-root DIR that holds {archive}/, or --data-root DIR --download to fetch it."
         )
-    root = Path(config.data_root).expanduser()
+    root = Path(os.path.expanduser(config.data_root))
     if root.name == archive:  # the archive itself was named instead of the folder it lies in
         root = root.parent
-    if config.download or (root / archive).is_dir():
+    if config.download or os.path.isdir(root / archive):  # Path.is_dir raises where the folder may not be read
         return _from_pickles(name, root, config.download)
-    if (root / "train").is_dir():
+    if os.path.isdir(root / "train"):
         return _from_folders(name, root)
     raise UserError(
         f"No {name} in {root}: put {archive}/ there, or the images as train/<class>/ and test/<class>/, "

@@ -133,7 +133,7 @@ def noise_targets(
     """
     count = len(classes)
     if kind == "flip":
-        return [[target] for target in (checked_flip_map(given_map, classes) if given_map else flip_map(count))]
+        return [[target] for target in (flip_map(count) if given_map is None else checked_flip_map(given_map, classes))]
     if kind == "flip2":
         return [list(pair) for pair in flip2_map(count)]
     if kind == "uniform":

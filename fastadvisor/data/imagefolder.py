@@ -1,5 +1,6 @@
 """Folders of images: ROOT/train/<class>/*, ROOT/test/<class>/* (or val/) and, where there is one, ROOT/meta/<class>/*."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def read(config: DataConfig) -> Source:
     """
     if config.data_root is None:
         raise UserError("imagefolder needs --data-root DIR, a folder with train/<class>/ and test/<class>/ in it.")
-    folders = list_folders(Path(config.data_root).expanduser())
+    folders = list_folders(Path(os.path.expanduser(config.data_root)))
+    if len(folders.classes) < 2:
+        raise UserError(f"{folders.train.folder} holds one class, {folders.classes[0]!r}: a classifier needs two or more.")
     side = config.image_size or decode.choose_side(folders.train.paths)
     check_memory(folders, side)
     train, test = decode_split(folders.train, side), decode_split(folders.test, side)
@@ -65,8 +68,16 @@ def list_folders(root: Path) -> Folders:
     """List the image files under ``root`` (hidden files and folders, and files that are no images, are passed over).
 
     Raises:
-        UserError: train or test missing, a class of one that another lacks, or a class folder without images.
+        UserError: train or test missing, a class of one that another lacks, a class folder without images, or one that
+            cannot be read.
     """
+    try:
+        return _list_folders(root)
+    except OSError as error:
+        raise UserError(f"The folder {error.filename} cannot be read ({error.strerror}): check --data-root.") from None
+
+
+def _list_folders(root: Path) -> Folders:
     if not root.is_dir():
         raise UserError(f"There is no folder {root}: --data-root must hold train/<class>/ and test/<class>/.")
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]

@@ -1,6 +1,7 @@
 """Labels from a file: real human noise, in place of generated noise (method.md, "Labels from a file")."""
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +27,11 @@ def read_labels(name: str, count: int, classes: int) -> NDArray[np.int64]:
     Raises:
         UserError: no such file, another format, not integers, the wrong number of them, or one out of range.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     readers = {".npy": _read_npy, ".pt": _read_pt, ".txt": _read_txt, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise UserError(f"Cannot tell the format of the labels {path}: name it .npy, .pt, .txt or .csv.")
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
         raise UserError(f"There is no file of labels {path}: check --labels.")
     labels = readers[path.suffix.lower()](path)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -53,7 +54,7 @@ def read_labels(name: str, count: int, classes: int) -> NDArray[np.int64]:
 def _read_npy(path: Path) -> NDArray[np.integer]:
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy raises OSError, ValueError, EOFError, BadZipFile and more
         raise UserError(f"{path} is not a plain array of numbers: write it with numpy.save.") from None
 
 
@@ -72,7 +73,10 @@ def _read_txt(path: Path) -> NDArray[np.integer]:
 
 
 def _read_csv(path: Path) -> NDArray[np.integer]:
-    rows = [row for row in csv.reader(_text(path).splitlines()) if row]
+    try:
+        rows = [row for row in csv.reader(_text(path).splitlines()) if row]
+    except csv.Error as error:
+        raise UserError(f"{path} is not readable as CSV ({error}): write a label a line.") from None
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if "label" not in header:
         if any(len(row) != 1 for row in rows):
@@ -97,6 +101,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8: save it as one.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check --labels.") from None
 
 
 def _integers(path: Path, cells: Sequence[str], first_line: int) -> NDArray[np.int64]:

@@ -94,6 +94,8 @@ def _check_settings(config: DataConfig) -> None:
             f"--noise-rate is {config.noise_rate:g} and --noise is none: name a kind, as in --noise flip, "
             "or set --noise-rate 0."
         )
+    if config.flip_map is not None and config.noise != "flip":
+        raise UserError(f"--flip-map is for --noise flip, and --noise is {config.noise}: add --noise flip, or drop the map.")
 
 
 def _check_labels(source: Source) -> None:

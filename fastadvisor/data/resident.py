@@ -105,14 +105,19 @@ class ResidentLoader:
         """Continue exactly where the loader that wrote ``state`` stood.
 
         Raises:
-            UserError: the state is of another training set.
+            UserError: the state is of another training set, or of another kind of device.
         """
         if len(state["order"]) != len(self._ids):
             raise UserError(
                 f"The saved run drew from {len(state['order'])} images, this one has {len(self._ids)}: "
                 "continue it with the data settings it was started with."
             )
-        self._generator.set_state(state["generator"].cpu())
+        try:
+            self._generator.set_state(state["generator"].cpu())
+        except RuntimeError:  # CPU and CUDA have different generators
+            raise UserError(
+                "The saved run drew its batches on another kind of device: resume it with the --device it was started on."
+            ) from None
         self._order = state["order"].to(self._ids.device)
         self._position = int(state["position"])
 

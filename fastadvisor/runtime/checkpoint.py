@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastadvisor.errors import UserError
+from fastadvisor.errors import UserError, cannot_write
 
 FORMAT = "fastadvisor-checkpoint-1"
 
@@ -34,7 +34,12 @@ def write(path: Path, payload: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())  # before the rename, or a power cut leaves a new name on an empty file
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); free some space or choose another --output.") from None
+        raise cannot_write(path, error) from None
+    except RuntimeError as error:
+        # torch closes its archive on the way out and complains of that instead of the failed write.
+        if isinstance(error.__context__, OSError):
+            raise cannot_write(path, error.__context__) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,10 +69,10 @@ def read(path: Path) -> dict[str, Any]:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     # Damage shows as almost anything: RuntimeError, EOFError, UnpicklingError, KeyError, UnicodeDecodeError, ...
     except Exception:
-        other = "best.pt" if path.name == "last.pt" else "last.pt"
+        best = path.with_name("best.pt")
+        way = f"copy {best} over it, or train" if path.name == "last.pt" and best.is_file() else "train"
         raise UserError(
-            f"{path} is damaged or cut short, or no checkpoint at all; delete it and start again, "
-            f"or continue from {other} if that is there."
+            f"{path} is damaged or cut short, or no checkpoint at all; {way} again into another --output."
         ) from None
     if not isinstance(payload, dict):
         raise UserError(f"{path} holds no dict of weights; name a checkpoint or a state dict.")

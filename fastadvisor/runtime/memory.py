@@ -1,12 +1,30 @@
-"""Peak memory of a run."""
+"""Memory of a run: its peak, and what to say when it runs out."""
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
+from fastadvisor.errors import UserError
+
 STATUS = Path("/proc/self/status")
+CPU_FULL = "DefaultCPUAllocator: can't allocate memory"
+
+
+@contextmanager
+def enough(device: torch.device) -> Iterator[None]:
+    """Turn running out of memory inside the block into a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's allocator on the CPU raises a plain RuntimeError
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and CPU_FULL not in str(error):
+            raise
+        raise UserError(
+            f"Out of memory ({device}): lower --batch-size, --eval-batch-size, --image-size or --advisor-width, "
+            "or choose a smaller --model."
+        ) from None
 
 
 def reset_peak(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from fastadvisor.config import Config, to_dict
-from fastadvisor.errors import UserError
+from fastadvisor.errors import UserError, cannot_write
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "model.pt")
 # What may change between the parts of a resumed run: nothing in here touches the numbers. epochs does (the schedule).
@@ -33,6 +33,19 @@ class RunFolder:
         self.best = self.path / "best.pt"
         self.model = self.path / "model.pt"
 
+    @staticmethod
+    def check_free(output: str | None) -> None:
+        """Refuse an ``output`` that :meth:`create` would refuse, before a data set is read for nothing.
+
+        Raises:
+            UserError: the folder holds something already, is a file, or cannot be read.
+        """
+        if output is not None:
+            try:
+                _check_empty(Path(output))
+            except OSError as error:
+                raise _no_folder(output, error) from None
+
     @classmethod
     def create(cls, output: str | None, config: Config, default_name: str) -> "RunFolder":
         """Make the folder of a new run and write its ``config.yaml``.
@@ -49,13 +62,14 @@ class RunFolder:
             folder = cls(_unique(default_name) if output is None else _empty(Path(output)))
             folder.write_config(config)
         except OSError as error:
-            where = output or "runs"
-            raise UserError(f"Output folder {where} cannot be written ({error.strerror}); choose another --output.") from None
+            raise _no_folder(output or "runs", error) from None
         return folder
 
     @classmethod
     def open_for_resume(cls, output: str | None, config: Config) -> "RunFolder":
         """Open the folder of a run that is to be continued with ``config``.
+
+        A run that was cut off before its first epoch ended has no ``last.pt``; it is opened too, to begin once more.
 
         Raises:
             UserError: no folder named, nothing in it to continue from, or a setting differs (named with both values).
@@ -63,18 +77,31 @@ class RunFolder:
         if output is None:
             raise UserError("--resume continues the run in a folder; name it with --output.")
         folder = cls(Path(output))
-        if not folder.last.is_file():
-            raise UserError(f"There is no last.pt in {output} to resume from; check --output, or drop --resume.")
-        before = folder._read_config()
+        try:
+            found = {name for name in RUN_FILES if (folder.path / name).is_file()}
+        except OSError as error:
+            raise UserError(f"Output folder {output} cannot be read ({error.strerror}); check --output.") from None
+        if "last.pt" not in found and not {"config.yaml"} <= found <= {"config.yaml", "metrics.jsonl"}:
+            way = "choose another --output" if found else "check --output, or drop --resume"
+            raise UserError(f"There is no last.pt in {output} to resume from; {way}.")
+        folder.check_settings(config)
+        return folder
+
+    def check_settings(self, config: Config) -> None:
+        """Refuse to take the run in this folder for one with ``config``.
+
+        Raises:
+            UserError: a setting that touches the numbers differs (named with both values).
+        """
+        before = self._read_config()
         now = yaml.safe_load(yaml.safe_dump(to_dict(config)))
         for key in [*now, *(key for key in before if key not in now)]:
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if key not in MAY_DIFFER and old != new:
                 raise UserError(
-                    f"{key} is {old!r} in {folder.config} and {new!r} now; resume with the settings of the run "
-                    f"(--config {folder.config}), or choose another --output."
+                    f"{key} is {old!r} in {self.config} and {new!r} now; resume with the settings of the run "
+                    f"(--config {self.config}), or choose another --output."
                 )
-        return folder
 
     def write_config(self, config: Config) -> None:
         """Write the resolved configuration, in the form that ``--config`` reads."""
@@ -82,8 +109,11 @@ class RunFolder:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one epoch's metrics as a line of JSON; NaN and infinities become null."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+        except OSError as error:
+            raise cannot_write(self.metrics, error) from None
 
     def keep_metrics(self, epochs: int) -> None:
         """Drop the metrics after the first ``epochs`` lines: a resumed run writes them again."""
@@ -106,7 +136,11 @@ class RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` so that a reader, or a crash, never sees half of it."""
+    """Write ``text`` to ``path`` so that a reader, or a crash, never sees half of it.
+
+    Raises:
+        UserError: the file cannot be written, such as on a full disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -114,21 +148,33 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _no_folder(output: str, error: OSError) -> UserError:
+    return UserError(f"Output folder {output} cannot be written ({error.strerror}); choose another --output.")
+
+
 def _empty(path: Path) -> Path:
     """Return ``path`` as an empty folder, made if need be; a UserError if there is anything in it."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output {path} is a file; name a folder.")
+    _check_empty(path)
     path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _check_empty(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--output {path} is a file; name a folder.")
     found = {entry.name for entry in path.iterdir()}
     if found.intersection(RUN_FILES):
         raise UserError(f"Output folder {path} already holds a run; choose another --output, or add --resume to continue it.")
     if found:
         raise UserError(f"Output folder {path} is not empty (it holds {min(found)}); choose another --output.")
-    return path
 
 
 def _unique(name: str) -> Path:

@@ -47,7 +47,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(path, monkeypatch):
 def test_cut_short(path, keep):
     checkpoint.save(path, {"weights": torch.randn(1000)})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"last.pt is damaged or cut short.*delete it and start again, or continue from best"):
+    with pytest.raises(UserError, match=r"last.pt is damaged or cut short.*train again into another --output"):
         checkpoint.load(path)
 
 
