@@ -24,6 +24,7 @@ from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import Engine, ForwardEngine, MetaGradient, ReferenceEngine, VirtualStep
 from fastadvisor.methods import Method, build_method
 from fastadvisor.models import SplitClassifier, build_model, cut_at
+from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.precision import autocast, pick_device
 from fastadvisor.step import Step
@@ -125,6 +126,8 @@ def measure(model_name: str, batch_size: int, rounds: int, amp: bool, device: to
     checked = correctness(model_name, device)
     if not checked["exact_error"] <= LIMIT:
         raise SystemExit(f"The exact engine is off by {checked['exact_error']:.2e} (limit {LIMIT:.0e}): nothing is timed.")
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training run does
     train, meta = batches(batch_size, device)
     steps = {name: make_step(name, model_name, device, amp) for name in CONTENDERS}
     medians = interleaved({name: partial(step, train, meta) for name, step in steps.items()}, rounds, device)

@@ -154,6 +154,8 @@ class RunConfig:
     """Run folder; none: a new one under runs/."""
     resume: bool = False
     """Continue the run in --output from its last.pt."""
+    keep_memory: bool = True
+    """CPU: keep freed memory in the process instead of returning it to the system at every step (glibc)."""
     eval_batch_size: Count = 500
     """Images a forward pass when testing."""
     progress: bool = True

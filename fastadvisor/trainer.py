@@ -20,7 +20,7 @@ from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.metagrad import build_engine
 from fastadvisor.methods import build_method, check_method
 from fastadvisor.models import build_model, check_model, cut_at
-from fastadvisor.runtime import checkpoint, memory
+from fastadvisor.runtime import allocator, checkpoint, memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.logger import TensorBoard
 from fastadvisor.runtime.precision import autocast, pick_device
@@ -59,6 +59,8 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult:
     check_method(config.method)
     check_model(config.model)
     device = pick_device(config.device)
+    if config.keep_memory and device.type == "cpu":
+        allocator.keep_freed_memory()
     begun = RunFolder.open_for_resume(config.output, config) if config.resume else None
     if begun is None:
         RunFolder.check_free(config.output)

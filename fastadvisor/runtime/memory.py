@@ -1,5 +1,6 @@
 """Memory of a run: its peak, and what to say when it runs out."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fastadvisor.errors import UserError
+from fastadvisor.runtime.allocator import release_freed_memory
 
 STATUS = Path("/proc/self/status")
 CPU_FULL = "DefaultCPUAllocator: can't allocate memory"
@@ -32,6 +34,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    gc.collect()
+    release_freed_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

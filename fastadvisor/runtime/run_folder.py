@@ -18,7 +18,7 @@ from fastadvisor.errors import UserError, cannot_write
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "model.pt")
 # What may change between the parts of a resumed run: nothing in here touches the numbers. epochs does (the schedule).
-MAY_DIFFER = ("output", "resume", "device", "progress", "tensorboard", "eval_batch_size")
+MAY_DIFFER = ("output", "resume", "device", "progress", "tensorboard", "eval_batch_size", "keep_memory")
 
 
 class RunFolder:

