@@ -121,12 +121,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(model_name: str, batch_size: int, rounds: int, amp: bool, device: torch.device) -> dict[str, float]:
+def measure(
+    model_name: str, batch_size: int, rounds: int, amp: bool, device: torch.device, keep_memory: bool = True
+) -> dict[str, float]:
     """Check, then time every contender; raises SystemExit if the check is red."""
     checked = correctness(model_name, device)
     if not checked["exact_error"] <= LIMIT:
         raise SystemExit(f"The exact engine is off by {checked['exact_error']:.2e} (limit {LIMIT:.0e}): nothing is timed.")
-    if device.type == "cpu":
+    if keep_memory and device.type == "cpu":
         keep_freed_memory()  # as a training run does
     train, meta = batches(batch_size, device)
     steps = {name: make_step(name, model_name, device, amp) for name in CONTENDERS}
@@ -154,10 +156,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--amp", action="store_true")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--no-keep-memory", action="store_true", help="CPU: let the C library return freed memory")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = pick_device(options.device)
-    result = measure(options.model, options.batch_size, options.rounds, options.amp, device)
+    keep = not options.no_keep_memory
+    result = measure(options.model, options.batch_size, options.rounds, options.amp, device, keep)
     about = environment()
     print(f"python -m benchmarks.step {' '.join(sys.argv[1:])}".rstrip())
     print(f"{METHOD}, {options.model}, batch and meta batch {options.batch_size}, {'bfloat16' if options.amp else 'float32'};")
