@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import Engine, Precision, SharedForward, VirtualStep
 from fastadvisor.methods import Method
-from fastadvisor.models import SplitClassifier
+from fastadvisor.models import Entering, SplitClassifier
 from fastadvisor.runtime.random_state import RandomState
 
 
@@ -45,12 +45,13 @@ class Step:
 
     def loss_pre_calculation(self, train: Batch) -> SharedForward:
         """(a) Run the backbone once, and the head on its unmasked features."""
+        start = Entering(train.images, RandomState.now(train.images.device))
         with self.precision():
-            features, entering, random_state = self._features(train.images)
+            features, at_cut = self._features(train.images)
             with torch.no_grad():
                 logits = self.model.head(features)
         loss_pre = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), train.labels, reduction="none")
-        return SharedForward(train, features, loss_pre, self.method.draw(train.labels), entering, random_state)
+        return SharedForward(train, features, loss_pre, self.method.draw(train.labels), start, at_cut)
 
     def virtual_and_meta_train(self, shared: SharedForward, meta: Batch) -> Tensor:
         """(b) Virtual-Train: w' = w − α ∇w L(w; θ). (c) Meta-Train: θ ← Adam(θ, ∇θ Lmeta(w'))."""
@@ -77,11 +78,9 @@ class Step:
         self.optimizer.step()
         return loss.detach()
 
-    def _features(self, images: Tensor) -> tuple[Tensor, Tensor, RandomState]:
-        cut = self.engine.cut
-        if cut is None:
-            random_state = RandomState.now(images.device)
-            return self.model(images, features=True), images, random_state
-        with self.model.captured(cut) as seen:
+    def _features(self, images: Tensor) -> tuple[Tensor, Entering | None]:
+        if self.engine.cut is None:
+            return self.model(images, features=True), None
+        with self.model.captured(self.engine.cut) as seen:
             features = self.model(images, features=True)
-        return features, seen[0].activation, seen[0].random_state
+        return features, seen[0]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from fastadvisor.data.types import Batch
 from fastadvisor.methods.base import Advice, Method
-from fastadvisor.models import Cut, SplitClassifier
-from fastadvisor.runtime.random_state import RandomState
+from fastadvisor.models import Cut, Entering, SplitClassifier
 
 Precision = Callable[[], AbstractContextManager[None]]
 """Makes the autocast context that forward passes of the classifier run in."""
@@ -31,10 +30,17 @@ class SharedForward:
     """(B,) plain cross-entropy on unmasked features, detached (Algorithm 1, Loss pre-calculation)."""
     draw: float | Tensor | None
     """The method's random numbers of this iteration."""
-    entering: Tensor
-    """What entered the part of the backbone that counts: the images, or the activation at the cut."""
-    random_state: RandomState
-    """As it was where ``entering`` was seen, so that the tangent pass drops the same units."""
+    start: Entering
+    """The images, and the random state the pass began with, so that the tangent pass drops the same units."""
+    at_cut: Entering | None = None
+    """The same at the engine's cut, where it has one."""
+
+    def entering(self, cut: Cut | None) -> Entering:
+        """Return what entered the part of the backbone above ``cut``; all of it for None."""
+        if cut is None:
+            return self.start
+        assert self.at_cut is not None
+        return self.at_cut
 
 
 @dataclass

@@ -89,18 +89,18 @@ class ForwardEngine:
         Every parameter above the cut becomes dual, normalisations' affine ones included: under autocast a BatchNorm with
         constant affine parameters may emit a float32 tangent, which the next convolution rejects.
         """
-        parameters = model.part_parameters(self.cut)
+        parameters, entering = model.part_parameters(self.cut), shared.entering(self.cut)
         # Of the attention kernels only the plain one has a forward-mode formula.
         with (
             torch.no_grad(),
             forward_ad.dual_level(),
-            shared.random_state.replayed(),
+            entering.random_state.replayed(),
             model.frozen_statistics(),
             sdpa_kernel(SDPBackend.MATH),
         ):
             duals = {name: forward_ad.make_dual(p.detach(), gradient[name]) for name, p in parameters.items()}
             with self.precision():
-                dual = functional_call(model, duals, (shared.entering,), {"start": self.cut, "features": True})
+                dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
             tangent = forward_ad.unpack_dual(dual).tangent
         # No tangent at all: the features do not depend on anything above the cut.
         return torch.zeros_like(shared.features) if tangent is None else tangent

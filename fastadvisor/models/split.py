@@ -18,10 +18,10 @@ from fastadvisor.runtime.random_state import RandomState
 
 
 class Entering(NamedTuple):
-    """What a forward pass was when it reached a cut."""
+    """Where a forward pass stood when it entered the model, or reached a cut in it."""
 
     activation: Tensor
-    """Detached."""
+    """The images, or what crosses the cut; detached."""
     random_state: RandomState
 
 
