@@ -116,6 +116,10 @@ class MetaConfig:
     """Approximate: differentiate only through the top stages of the backbone."""
     approx_stages: Count = 1
     """--approx-meta: number of top stages that count."""
+    validate_meta_every: Annotated[int, Field(ge=0, lt=2**31)] = 100
+    """--approx-meta: meta steps from one comparison with the exact meta-gradient to the next; 0: never."""
+    min_meta_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.5
+    """--approx-meta: cosine to the exact meta-gradient under which the run continues exactly."""
     virtual_step: Literal["sgd", "optimizer"] = "sgd"
     """Virtual-Train. sgd: plain SGD at the current rate; optimizer: with its momentum and weight decay."""
 

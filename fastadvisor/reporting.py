@@ -38,10 +38,17 @@ def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -
         "test_size": len(data.test_labels),
         "class_counts": data.class_counts().tolist(),
         "imbalance_factor": config.imbalance_factor,
+        "meta_cosine": _mean_cosine(history),
         "noise": config.noise,
         "noise_rate": data.noise_rate(),
         "amp": config.amp,
     }
+
+
+def _mean_cosine(history: list[dict[str, Any]]) -> float | None:
+    """Mean over the epochs of the cosine between approximate and exact meta-gradient; None where it was not measured."""
+    cosines = [record["meta_cosine"] for record in history if "meta_cosine" in record]
+    return sum(cosines) / len(cosines) if cosines else None
 
 
 def headline(config: Config, data: TrainingData, device: torch.device, folder: Path) -> str:
@@ -57,6 +64,8 @@ def headline(config: Config, data: TrainingData, device: torch.device, folder: P
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """Sum up an epoch."""
     meta = "" if record["meta_loss"] is None else f"  meta loss {record['meta_loss']:.3f}"
+    if "meta_cosine" in record:
+        meta += f" (cosine to exact {record['meta_cosine']:.2f}{', exact for now' if record['meta_fallback'] else ''})"
     return (
         f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}{meta}  "
         f"test {record['test_top1']:.2f} %  lr {record['lr']:.3g}  {record['images_per_second']:,.0f} images/s"

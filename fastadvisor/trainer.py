@@ -17,7 +17,7 @@ from fastadvisor.data import Batch, ResidentImages, ResidentLoader, Source, Trai
 from fastadvisor.data.augment import Augmentation
 from fastadvisor.errors import UserError
 from fastadvisor.evaluation import Accuracy, accuracy
-from fastadvisor.metagrad import build_engine
+from fastadvisor.metagrad import ValidatedEngine, build_engine
 from fastadvisor.methods import build_method, check_method
 from fastadvisor.models import build_model, check_model, cut_at
 from fastadvisor.runtime import allocator, checkpoint, memory
@@ -106,6 +106,8 @@ class Trainer:
         )
         self.train_loader, self.meta_loader = self._loaders()
         self._check_batches_of_one(shape)
+        if isinstance(self.step.engine, ValidatedEngine):
+            self.step.engine.say = tqdm.write  # above the progress bar
         self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
         self.phases = divide(self.method.phases(), config.epochs)
         self.timer = StepTimer(device)
@@ -216,12 +218,19 @@ class Trainer:
             "epoch": self.epoch + 1,
             "loss": loss,
             "meta_loss": float(meta_losses) / steps if self.method.advisor is not None else None,
+            **self._validation(),
             "lr": self.step.optimizer.param_groups[0]["lr"],
             **{f"test_{key}": value for key, value in asdict(self._test()).items()},
             "images_per_second": steps * self.config.batch_size / seconds,
             "step_ms_median": median(times),
             "seconds": seconds,
         }
+
+    def _validation(self) -> dict[str, Any]:
+        engine = self.step.engine
+        if not isinstance(engine, ValidatedEngine):
+            return {}
+        return {**engine.collect(), "meta_fallback": engine.falling_back}
 
     def _batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
         train = (self.train_loader if current.phase.source == "train" else self.meta_loader).next_batch()
@@ -253,6 +262,7 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "advisor": None if method is None else method.state_dict(),
             "advisor_optimizer": None if advisor is None else advisor.state_dict(),
+            "engine": self.step.engine.state_dict() if isinstance(self.step.engine, ValidatedEngine) else None,
             "train_loader": self.train_loader.state_dict(),
             "meta_loader": self.meta_loader.state_dict(),
             "random": checkpoint.random_states(),
@@ -274,6 +284,8 @@ class Trainer:
         if self.method.advisor is not None and self.step.advisor_optimizer is not None:
             checkpoint.load_model_state(self.method.advisor, state["advisor"], path)
             self.step.advisor_optimizer.load_state_dict(state["advisor_optimizer"])
+        if isinstance(self.step.engine, ValidatedEngine):
+            self.step.engine.load_state_dict(state["engine"])
         self.train_loader.load_state_dict(state["train_loader"])
         self.meta_loader.load_state_dict(state["meta_loader"])
         self.epoch, self.history = state["epoch"], state["history"]

@@ -104,7 +104,7 @@ def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
     ends = [torch.load(run.folder / "last.pt", weights_only=True) for run in (whole, resumed)]
-    for part_ in ("advisor", "optimizer", "advisor_optimizer", "random", "train_loader", "meta_loader"):
+    for part_ in ("advisor", "engine", "optimizer", "advisor_optimizer", "random", "train_loader", "meta_loader"):
         assert same(ends[0][part_], ends[1][part_]), part_
 
 
@@ -181,6 +181,27 @@ def test_approx_meta_starts_at_the_top_stage(capsys):
     assert run.meta_gradient() == "top stages from layer3"
     assert trainer().step.engine.cut is None
     assert capsys.readouterr().out == ""
+
+
+def test_the_approximation_is_watched_and_the_figures_are_kept(tmp_path):
+    result = train_config(settings(tmp_path / "run", approx_meta=True, validate_meta_every=2))
+    for line in metrics(result.folder):
+        assert -1 <= line["meta_cosine_min"] <= line["meta_cosine"] <= 1
+        assert line["meta_norm_ratio"] > 0
+        assert line["meta_fallback"] in (True, False)
+    assert result.summary["meta_cosine"] == pytest.approx(sum(m["meta_cosine"] for m in metrics(result.folder)) / 3)
+    unwatched = train_config(settings(tmp_path / "unwatched", approx_meta=True, validate_meta_every=0))
+    assert "meta_cosine" not in metrics(unwatched.folder)[0]
+    assert unwatched.summary["meta_cosine"] is None
+
+
+def test_watching_alone_does_not_change_a_run(tmp_path):
+    runs = [
+        train_config(settings(tmp_path / str(every), approx_meta=True, validate_meta_every=every, min_meta_cosine=-1))
+        for every in (0, 1)
+    ]
+    for one, other in zip(*(run.model.parameters() for run in runs), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_model_that_cannot_be_cut_says_so_and_runs_exactly(capsys):

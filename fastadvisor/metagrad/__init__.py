@@ -4,6 +4,7 @@ from fastadvisor.config import MetaConfig
 from fastadvisor.metagrad.base import Engine, MetaGradient, Precision, SharedForward, VirtualStep
 from fastadvisor.metagrad.forward import ForwardEngine
 from fastadvisor.metagrad.reference import ReferenceEngine
+from fastadvisor.metagrad.validated import ValidatedEngine
 from fastadvisor.models import Cut
 
 __all__ = [
@@ -13,13 +14,18 @@ __all__ = [
     "Precision",
     "ReferenceEngine",
     "SharedForward",
+    "ValidatedEngine",
     "VirtualStep",
     "build_engine",
 ]
 
 
 def build_engine(config: MetaConfig, precision: Precision, cut: Cut | None) -> Engine:
-    """Return the engine ``config`` asks for; ``cut`` is where an approximate one begins."""
+    """Return the engine ``config`` asks for; ``cut`` is where an approximate one begins, None for an exact one."""
     if config.meta_engine == "reference":
         return ReferenceEngine(precision)
-    return ForwardEngine(precision, cut if config.approx_meta else None)
+    if cut is None or not config.validate_meta_every:
+        return ForwardEngine(precision, cut)
+    return ValidatedEngine(
+        ForwardEngine(precision, cut), ForwardEngine(precision), config.validate_meta_every, config.min_meta_cosine
+    )

@@ -79,8 +79,10 @@ class MetaGradient(NamedTuple):
 class Engine(Protocol):
     """The signature of every way to the meta-gradient."""
 
-    cut: Cut | None
-    """Where the part of the backbone that counts begins; None: all of it."""
+    @property
+    def cut(self) -> Cut | None:
+        """Where the part of the backbone that counts begins; None: all of it."""
+        ...
 
     def virtual_train(
         self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep

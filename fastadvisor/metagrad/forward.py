@@ -66,7 +66,11 @@ class ForwardEngine:
         direction = HeadTangent(gradient[weight], None if bias is None else gradient[bias])
         tangent_loss = method.tangent_loss(features, shared.batch.labels, model.head, direction, advice)
         gradients = torch.autograd.grad(
-            -step.lr * tangent_loss, list(method.advisor.parameters()), allow_unused=True, materialize_grads=True
+            -step.lr * tangent_loss,
+            list(method.advisor.parameters()),
+            retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
+            allow_unused=True,
+            materialize_grads=True,
         )
         return MetaGradient(loss, gradients)
 

@@ -1,0 +1,119 @@
+"""Exact mode as the judge and the fallback of an approximation (design: "exact-mode fallback").
+
+Every N-th meta step computes the exact gradient beside the approximate one. Under a floor for their cosine the engine says so
+once and runs exactly; at later checks the approximation is tried again, and takes over when it is back above the floor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from fastadvisor.data.types import Batch
+from fastadvisor.metagrad.base import Engine, MetaGradient, SharedForward, VirtualStep
+from fastadvisor.methods.base import Advice, Method
+from fastadvisor.models import Cut, SplitClassifier
+from fastadvisor.runtime.random_state import RandomState
+
+
+class Check(NamedTuple):
+    """How far the approximate gradient was from the exact one at one meta step."""
+
+    cosine: float
+    norm_ratio: float
+    """‖approximate‖ / ‖exact‖."""
+
+
+@dataclass
+class ValidatedEngine:
+    """An approximate engine, watched by an exact one. One more :class:`Engine` to the step.
+
+    A check reads two numbers from the device, so it waits for it: once in ``every`` meta steps.
+    """
+
+    approximate: Engine
+    exact: Engine
+    every: int
+    """Meta steps from one check to the next; the first step is checked."""
+    floor: float
+    """Cosine under which the approximation is not used."""
+    say: Callable[[str], None] = print
+    """Where the warning goes."""
+    meta_steps: int = 0
+    falling_back: bool = False
+    warned: bool = False
+    checks: list[Check] = field(default_factory=list)
+    """Since :meth:`collect`."""
+
+    @property
+    def cut(self) -> Cut | None:
+        """Of the approximation: the step records what crosses it even while falling back."""
+        return self.approximate.cut
+
+    def virtual_train(
+        self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep
+    ) -> dict[str, torch.Tensor]:
+        """Return the virtual weights of the engine in charge."""
+        return self._in_charge().virtual_train(model, method, shared, advice, step)
+
+    def meta_gradient(
+        self,
+        model: SplitClassifier,
+        method: Method,
+        shared: SharedForward,
+        advice: Advice,
+        virtual: dict[str, torch.Tensor],
+        meta: Batch,
+        step: VirtualStep,
+    ) -> MetaGradient:
+        """Return the gradient of the engine in charge; at a check, of the one that is in charge after it."""
+        due = self.meta_steps % self.every == 0
+        self.meta_steps += 1
+        begun = RandomState.now(meta.images.device) if due else None
+        mine = self._in_charge().meta_gradient(model, method, shared, advice, virtual, meta, step)
+        if begun is None:
+            return mine
+        other = self.approximate if self.falling_back else self.exact
+        with begun.replayed():  # the same units dropped in the meta pass, and the run's own stream left alone
+            weights = other.virtual_train(model, method, shared, advice, step)
+            theirs = other.meta_gradient(model, method, shared, advice, weights, meta, step)
+        approximate, exact = (theirs, mine) if self.falling_back else (mine, theirs)
+        self._judge(approximate, exact)
+        return exact if self.falling_back else approximate
+
+    def collect(self) -> dict[str, float]:
+        """Return mean and smallest cosine and the mean norm ratio since the last call; nothing without a check."""
+        checks, self.checks = self.checks, []
+        if not checks:
+            return {}
+        return {
+            "meta_cosine": sum(check.cosine for check in checks) / len(checks),
+            "meta_cosine_min": min(check.cosine for check in checks),
+            "meta_norm_ratio": sum(check.norm_ratio for check in checks) / len(checks),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to decide the same."""
+        return {"meta_steps": self.meta_steps, "falling_back": self.falling_back, "warned": self.warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self.meta_steps, self.falling_back, self.warned = state["meta_steps"], state["falling_back"], state["warned"]
+
+    def _in_charge(self) -> Engine:
+        return self.exact if self.falling_back else self.approximate
+
+    def _judge(self, approximate: MetaGradient, exact: MetaGradient) -> None:
+        a, e = (torch.cat([part.flatten() for part in result.gradients]) for result in (approximate, exact))
+        norms = torch.stack([a.norm(), e.norm(), a @ e]).tolist()
+        # Two gradients of zero agree; one of zero has no direction.
+        cosine = norms[2] / (norms[0] * norms[1]) if norms[0] and norms[1] else float(norms[0] == norms[1])
+        self.checks.append(Check(cosine, norms[0] / norms[1] if norms[1] else float(norms[0] == norms[1])))
+        self.falling_back = not cosine >= self.floor  # NaN falls back
+        if self.falling_back and not self.warned:
+            self.warned = True
+            self.say(
+                f"The approximate meta-gradient has a cosine of {cosine:.3f} to the exact one at meta step {self.meta_steps}, "
+                f"under --min-meta-cosine {self.floor:g}: continuing exactly until it is back above (said once)."
+            )
