@@ -12,9 +12,9 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Let glibc keep what the process frees instead of handing it back to the kernel; return whether it does.
 
-    By default every large tensor is mapped anew, and each of its pages faults on first touch. An exact meta step frees and
-    allocates many: on a ResNet-8 at batch 128 that was 99,600 page faults a step, and 29 % of its processor time; with
-    this, 4,400 (plain training: 10,100 and 3,400). The resident set stays at its peak until the process ends.
+    By default a large tensor is mapped anew each time, and each of its pages faults on first touch; an exact meta step frees and
+    allocates many. A ResNet-8 at batch 128 took 297 ms a step without this and 200 ms with it (docs/results/step.md). The
+    resident set stays at its peak until the process ends.
 
     Process-wide and one-way. Does nothing, and returns False, without glibc.
     """
