@@ -12,8 +12,8 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Let glibc keep what the process frees instead of handing it back to the kernel; return whether it does.
 
-    By default a large tensor is mapped anew each time, and each of its pages faults on first touch; an exact meta step frees and
-    allocates many. A ResNet-8 at batch 128 took 297 ms a step without this and 200 ms with it (docs/results/step.md). The
+    By default a large tensor is mapped anew each time, and each of its pages faults on first touch; an exact meta step frees
+    and allocates many. A ResNet-8 at batch 128 took 297 ms a step without this and 200 ms with it (docs/results/step.md). The
     resident set stays at its peak until the process ends.
 
     Process-wide and one-way. Does nothing, and returns False, without glibc.
