@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fastadvisor.config import MethodConfig, ModelConfig
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import Engine, ForwardEngine, MetaGradient, ReferenceEngine, VirtualStep
-from fastadvisor.methods import Method, build_method
-from fastadvisor.models import SplitClassifier, build_model, cut_at
+from fastadvisor.metagrad import Engine, ForwardEngine, MetaGradient, MetaProblem, ReferenceEngine, VirtualStep
+from fastadvisor.methods import build_method
+from fastadvisor.models import build_model, cut_at
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.precision import autocast, pick_device
@@ -67,16 +67,14 @@ def make_step(name: str, model_name: str, device: torch.device, amp: bool, dtype
     return Step(model, method, optimizer, advisor_optimizer, engine, precision)
 
 
-def meta_gradient(
-    engine: Engine, model: SplitClassifier, method: Method, step: Step, train: Batch, meta: Batch
-) -> MetaGradient:
+def meta_gradient(engine: Engine, step: Step, train: Batch, meta: Batch) -> MetaGradient:
     """Return the meta-gradient of ``engine`` from a fixed random state."""
     step.engine = engine
     torch.manual_seed(1)
     shared = step.loss_pre_calculation(train)
-    advice = method.advise(shared.features.detach(), shared.loss_pre, train.labels, shared.draw)
-    virtual = engine.virtual_train(model, method, shared, advice, VirtualStep(0.1))
-    return engine.meta_gradient(model, method, shared, advice, virtual, meta, VirtualStep(0.1))
+    advice = step.method.advise(shared.features.detach(), shared.loss_pre, train.labels, shared.draw)
+    problem = MetaProblem(step.model, step.method, shared, advice, VirtualStep(0.1))
+    return engine.meta_gradient(problem, engine.virtual_train(problem), meta)
 
 
 def correctness(model_name: str, device: torch.device) -> dict[str, float]:
@@ -95,7 +93,7 @@ def correctness(model_name: str, device: torch.device) -> dict[str, float]:
     }
     flat: dict[str, Tensor] = {}
     for name, engine in engines.items():
-        gradients = meta_gradient(engine, step.model, step.method, step, train, meta).gradients
+        gradients = meta_gradient(engine, step, train, meta).gradients
         flat[name] = torch.cat([gradient.flatten() for gradient in gradients])
     error = float((flat["exact"] - flat["expected"]).norm() / flat["expected"].norm())
     return {"exact_error": error, "approx_cosine": float(torch.cosine_similarity(flat["approx"], flat["expected"], dim=0))}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import Engine, Precision, SharedForward, VirtualStep
+from fastadvisor.metagrad import Engine, MetaProblem, Precision, SharedForward, VirtualStep
 from fastadvisor.methods import Method
 from fastadvisor.models import Entering, SplitClassifier
 from fastadvisor.runtime.random_state import RandomState
@@ -60,8 +60,9 @@ class Step:
         lr = self.optimizer.param_groups[0]["lr"]
         step = VirtualStep(lr, self.optimizer if self.virtual_with_optimizer else None)
         advice = self.method.advise(shared.features.detach(), shared.loss_pre, shared.batch.labels, shared.draw)
-        virtual = self.engine.virtual_train(self.model, self.method, shared, advice, step)
-        loss, gradients = self.engine.meta_gradient(self.model, self.method, shared, advice, virtual, meta, step)
+        problem = MetaProblem(self.model, self.method, shared, advice, step)
+        virtual = self.engine.virtual_train(problem)
+        loss, gradients = self.engine.meta_gradient(problem, virtual, meta)
         for parameter, gradient in zip(self.method.advisor.parameters(), gradients, strict=True):
             parameter.grad = gradient
         self.advisor_optimizer.step()

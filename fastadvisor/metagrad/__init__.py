@@ -1,7 +1,7 @@
 """The meta-gradient: how the advisor learns from what its advice did to the classifier. Derivation: README.md here."""
 
 from fastadvisor.config import MetaConfig
-from fastadvisor.metagrad.base import Engine, MetaGradient, Precision, SharedForward, VirtualStep
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Precision, SharedForward, VirtualStep
 from fastadvisor.metagrad.forward import ForwardEngine
 from fastadvisor.metagrad.reference import ReferenceEngine
 from fastadvisor.metagrad.validated import ValidatedEngine
@@ -11,6 +11,7 @@ __all__ = [
     "Engine",
     "ForwardEngine",
     "MetaGradient",
+    "MetaProblem",
     "Precision",
     "ReferenceEngine",
     "SharedForward",

@@ -67,6 +67,23 @@ class VirtualStep:
         return dict(zip(parameters, torch._foreach_add(weights, list(directions), alpha=-self.lr), strict=True))
 
 
+@dataclass
+class MetaProblem:
+    """All that a meta step starts from."""
+
+    model: SplitClassifier
+    method: Method
+    shared: SharedForward
+    advice: Advice
+    """With its graph to the advisor's parameters."""
+    step: VirtualStep
+
+    def advisor_parameters(self) -> list[nn.Parameter]:
+        """Return θ."""
+        assert self.method.advisor is not None
+        return list(self.method.advisor.parameters())
+
+
 class MetaGradient(NamedTuple):
     """What a meta step gives."""
 
@@ -84,21 +101,10 @@ class Engine(Protocol):
         """Where the part of the backbone that counts begins; None: all of it."""
         ...
 
-    def virtual_train(
-        self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep
-    ) -> dict[str, Tensor]:
+    def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
         """Return the virtual weights w' by parameter name."""
         ...
 
-    def meta_gradient(
-        self,
-        model: SplitClassifier,
-        method: Method,
-        shared: SharedForward,
-        advice: Advice,
-        virtual: dict[str, Tensor],
-        meta: Batch,
-        step: VirtualStep,
-    ) -> MetaGradient:
+    def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta at the virtual weights and its gradient for the advisor."""
         ...

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import MetaGradient, Precision, SharedForward, VirtualStep
-from fastadvisor.methods.base import Advice, Dual, HeadTangent, Method
+from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Precision, SharedForward
+from fastadvisor.methods.base import Dual, HeadTangent
 from fastadvisor.models import Cut, SplitClassifier
 
 # torch scripts some of its own forward-mode formulas on first use, and tells the user that scripting is deprecated.
@@ -32,13 +32,12 @@ class ForwardEngine:
     precision: Precision
     cut: Cut | None = None
 
-    def virtual_train(
-        self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep
-    ) -> dict[str, Tensor]:
+    def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
         """Return w' as constants: the advice carries no graph into it."""
+        model, shared = problem.model, problem.shared
         parameters = model.part_parameters(self.cut)
         with self.precision():
-            loss = method.loss(shared.features, shared.batch.labels, model.head, advice.detach())
+            loss = problem.method.loss(shared.features, shared.batch.labels, model.head, problem.advice.detach())
         gradients = torch.autograd.grad(
             loss,
             list(parameters.values()),
@@ -46,28 +45,19 @@ class ForwardEngine:
             allow_unused=True,
             materialize_grads=True,
         )
-        return step.apply(parameters, gradients)
+        return problem.step.apply(parameters, gradients)
 
-    def meta_gradient(
-        self,
-        model: SplitClassifier,
-        method: Method,
-        shared: SharedForward,
-        advice: Advice,
-        virtual: dict[str, Tensor],
-        meta: Batch,
-        step: VirtualStep,
-    ) -> MetaGradient:
+    def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta(w') and its gradient."""
-        assert method.advisor is not None
+        model, shared = problem.model, problem.shared
         loss, gradient = self._gradient_at(model, virtual, meta)
         features = Dual(shared.features.detach(), self._features_tangent(model, shared, gradient))
         weight, bias = model.head_parameter_names()
         direction = HeadTangent(gradient[weight], None if bias is None else gradient[bias])
-        tangent_loss = method.tangent_loss(features, shared.batch.labels, model.head, direction, advice)
+        tangent_loss = problem.method.tangent_loss(features, shared.batch.labels, model.head, direction, problem.advice)
         gradients = torch.autograd.grad(
-            -step.lr * tangent_loss,
-            list(method.advisor.parameters()),
+            -problem.step.lr * tangent_loss,
+            problem.advisor_parameters(),
             retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
             allow_unused=True,
             materialize_grads=True,

@@ -7,9 +7,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import MetaGradient, Precision, SharedForward, VirtualStep
-from fastadvisor.methods.base import Advice, Method
-from fastadvisor.models import Cut, SplitClassifier
+from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Precision
+from fastadvisor.models import Cut
 
 
 @dataclass
@@ -19,36 +18,25 @@ class ReferenceEngine:
     precision: Precision
     cut: Cut | None = None
 
-    def virtual_train(
-        self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep
-    ) -> dict[str, torch.Tensor]:
+    def virtual_train(self, problem: MetaProblem) -> dict[str, torch.Tensor]:
         """Return w' with its graph to the advisor's parameters."""
+        model, shared = problem.model, problem.shared
         parameters = model.part_parameters(self.cut)
         with self.precision():
-            loss = method.loss(shared.features, shared.batch.labels, model.head, advice)
+            loss = problem.method.loss(shared.features, shared.batch.labels, model.head, problem.advice)
         gradients = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )
-        return step.apply(parameters, gradients)
+        return problem.step.apply(parameters, gradients)
 
-    def meta_gradient(
-        self,
-        model: SplitClassifier,
-        method: Method,
-        shared: SharedForward,
-        advice: Advice,
-        virtual: dict[str, torch.Tensor],
-        meta: Batch,
-        step: VirtualStep,
-    ) -> MetaGradient:
+    def meta_gradient(self, problem: MetaProblem, virtual: dict[str, torch.Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta(w') and its gradient, through the second-order graph of ``virtual``."""
-        assert method.advisor is not None
-        with model.frozen_statistics(), self.precision():
-            logits = functional_call(model, virtual, (meta.images,))
+        with problem.model.frozen_statistics(), self.precision():
+            logits = functional_call(problem.model, virtual, (meta.images,))
         loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
         gradients = torch.autograd.grad(
             loss,
-            list(method.advisor.parameters()),
+            problem.advisor_parameters(),
             retain_graph=True,  # the backbone's graph still has the actual step to serve
             allow_unused=True,
             materialize_grads=True,

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, SharedForward, VirtualStep
-from fastadvisor.methods.base import Advice, Method
-from fastadvisor.models import Cut, SplitClassifier
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
+from fastadvisor.models import Cut
 from fastadvisor.runtime.random_state import RandomState
 
 
@@ -51,33 +50,21 @@ class ValidatedEngine:
         """Of the approximation: the step records what crosses it even while falling back."""
         return self.approximate.cut
 
-    def virtual_train(
-        self, model: SplitClassifier, method: Method, shared: SharedForward, advice: Advice, step: VirtualStep
-    ) -> dict[str, torch.Tensor]:
+    def virtual_train(self, problem: MetaProblem) -> dict[str, torch.Tensor]:
         """Return the virtual weights of the engine in charge."""
-        return self._in_charge().virtual_train(model, method, shared, advice, step)
+        return self._in_charge().virtual_train(problem)
 
-    def meta_gradient(
-        self,
-        model: SplitClassifier,
-        method: Method,
-        shared: SharedForward,
-        advice: Advice,
-        virtual: dict[str, torch.Tensor],
-        meta: Batch,
-        step: VirtualStep,
-    ) -> MetaGradient:
+    def meta_gradient(self, problem: MetaProblem, virtual: dict[str, torch.Tensor], meta: Batch) -> MetaGradient:
         """Return the gradient of the engine in charge; at a check, of the one that is in charge after it."""
         due = self.meta_steps % self.every == 0
         self.meta_steps += 1
         begun = RandomState.now(meta.images.device) if due else None
-        mine = self._in_charge().meta_gradient(model, method, shared, advice, virtual, meta, step)
+        mine = self._in_charge().meta_gradient(problem, virtual, meta)
         if begun is None:
             return mine
         other = self.approximate if self.falling_back else self.exact
         with begun.replayed():  # the same units dropped in the meta pass, and the run's own stream left alone
-            weights = other.virtual_train(model, method, shared, advice, step)
-            theirs = other.meta_gradient(model, method, shared, advice, weights, meta, step)
+            theirs = other.meta_gradient(problem, other.virtual_train(problem), meta)
         approximate, exact = (theirs, mine) if self.falling_back else (mine, theirs)
         self._judge(approximate, exact)
         return exact if self.falling_back else approximate

@@ -8,13 +8,14 @@ from torch import nn
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import VirtualStep
+from fastadvisor.metagrad import MetaProblem, VirtualStep
 from fastadvisor.methods import Method, build_method
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.step import Step
 
 CLASSES, SIZE = 5, 12
+plain = nullcontext
 
 
 def small(*middle):
@@ -54,26 +55,21 @@ class Problem:
 
     def gradient(self, engine, step=None):
         """Lmeta and ∇θ Lmeta by ``engine``, from the same random state for every engine."""
-        step = VirtualStep(0.1) if step is None else step
+        posed = self.posed(engine, step)
+        return engine.meta_gradient(posed, engine.virtual_train(posed), self.meta)
+
+    def posed(self, engine, step=None):
+        """What a meta step starts from, as the training step puts it."""
         torch.manual_seed(1)
-        shared = self.shared(engine)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        shared = Step(self.model, self.method, optimizer, None, engine, plain).loss_pre_calculation(self.train)
         torch.manual_seed(2)
         advice = self.method.advise(shared.features.detach(), shared.loss_pre, self.train.labels, shared.draw)
-        virtual = engine.virtual_train(self.model, self.method, shared, advice, step)
-        return engine.meta_gradient(self.model, self.method, shared, advice, virtual, self.meta, step)
-
-    def shared(self, engine):
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        return Step(self.model, self.method, optimizer, None, engine, engine.precision).loss_pre_calculation(self.train)
+        return MetaProblem(self.model, self.method, shared, advice, VirtualStep(0.1) if step is None else step)
 
     def meta_loss(self, engine):
         """Lmeta alone, as a function of the advisor's parameters as they stand: for finite differences."""
-        torch.manual_seed(1)
-        shared = self.shared(engine)
-        torch.manual_seed(2)
-        advice = self.method.advise(shared.features.detach(), shared.loss_pre, self.train.labels, shared.draw)
-        virtual = engine.virtual_train(self.model, self.method, shared, advice, VirtualStep(0.1))
-        return float(engine.meta_gradient(self.model, self.method, shared, advice, virtual, self.meta, VirtualStep(0.1)).loss)
+        return float(self.gradient(engine).loss)
 
 
 def problem(method="mfrw-mes", network="batchnorm", dtype=torch.float64, method_class=None, **settings):
@@ -95,6 +91,3 @@ def flat(gradients):
 def relative(got, expected):
     """‖got − expected‖ / ‖expected‖."""
     return float((flat(got) - flat(expected)).norm() / flat(expected).norm())
-
-
-plain = nullcontext

@@ -59,11 +59,10 @@ def test_the_virtual_step_with_the_optimizer_is_the_optimizers_own_step():
     engine = ForwardEngine(plain)
     task.model(task.train.images).sum().backward()
     optimizer.step()
-    shared = task.shared(engine)
-    advice = task.method.advise(shared.features.detach(), shared.loss_pre, task.train.labels, shared.draw)
-    virtual = engine.virtual_train(task.model, task.method, shared, advice, VirtualStep(0.1, optimizer))
+    posed = task.posed(engine, VirtualStep(0.1, optimizer))
+    virtual = engine.virtual_train(posed)
     optimizer.zero_grad()
-    task.method.loss(shared.features, task.train.labels, task.model.head, advice.detach()).backward()
+    task.method.loss(posed.shared.features, task.train.labels, task.model.head, posed.advice.detach()).backward()
     optimizer.step()
     for name, parameter in task.model.named_parameters():
         torch.testing.assert_close(virtual[name], parameter.detach(), rtol=1e-12, atol=1e-14)
@@ -111,30 +110,30 @@ def test_the_closed_form_equals_a_double_backward_behind_the_features(method, mo
     assert relative(closed.gradients, task.gradient(ForwardEngine(plain)).gradients) <= 1e-12
 
 
-@pytest.mark.parametrize("engine", [ReferenceEngine(plain), ForwardEngine(plain)], ids=["reference", "forward"])
-@pytest.mark.parametrize("cut", [False, True], ids=["exact", "cut"])
+@pytest.mark.parametrize(
+    ("engine", "cut"),
+    [(ReferenceEngine(plain), False), (ForwardEngine(plain), False), (ForwardEngine(plain), True)],
+    ids=["reference", "forward", "cut"],
+)
 def test_running_statistics_and_random_state_are_untouched(engine, cut):
-    task = problem(network="dropout" if not cut else "batchnorm")
+    task = problem(network="batchnorm" if cut else "dropout")
     if cut:
-        if isinstance(engine, ReferenceEngine):
-            pytest.skip("the reference engine is always exact")
         engine = ForwardEngine(plain, cut_at(task.model, (SIZE, SIZE), 1))
-    shared = task.shared(engine)  # the one pass that may touch them
+    posed = task.posed(engine)  # its pass on the train batch is the one that may touch them
     buffers = [buffer.clone() for buffer in task.model.buffers()]
     assert buffers
     weights = [parameter.detach().clone() for parameter in task.model.parameters()]
-    advice = task.method.advise(shared.features.detach(), shared.loss_pre, task.train.labels, shared.draw)
-    virtual = engine.virtual_train(task.model, task.method, shared, advice, VirtualStep(0.1))
-    shared.features.sum().backward(retain_graph=True)  # the graph must survive for the actual step
+    virtual = engine.virtual_train(posed)
+    posed.shared.features.sum().backward(retain_graph=True)  # the graph must survive for the actual step
     before = torch.get_rng_state()
-    engine.meta_gradient(task.model, task.method, shared, advice, virtual, task.meta, VirtualStep(0.1))
+    engine.meta_gradient(posed, virtual, task.meta)
     if cut:  # a network without dropout draws nothing at all
         assert torch.equal(torch.get_rng_state(), before)
     for buffer, untouched in zip(task.model.buffers(), buffers, strict=True):
         assert torch.equal(buffer, untouched)
     for parameter, untouched in zip(task.model.parameters(), weights, strict=True):
         assert torch.equal(parameter.detach(), untouched)
-    shared.features.sum().backward()
+    posed.shared.features.sum().backward()
 
 
 def test_the_shared_forward_updates_running_statistics_once():

@@ -19,7 +19,6 @@ class Sabotaged(ForwardEngine):
 def validated(every=1, floor=0.5, **changes):
     said = []
     engine = ValidatedEngine(Sabotaged(plain), ForwardEngine(plain), every, floor, said.append, **changes)
-    engine.precision = plain
     return engine, said
 
 
@@ -98,7 +97,6 @@ def test_a_check_changes_nothing_else(network):
     alone = task.gradient(ForwardEngine(plain, cut))
     after, buffers = torch.get_rng_state(), [buffer.clone() for buffer in task.model.buffers()]
     watched = ValidatedEngine(ForwardEngine(plain, cut), ForwardEngine(plain), 1, -1.0)
-    watched.precision = plain
     task = problem(network=network)
     got = task.gradient(watched)
     assert torch.equal(flat(got.gradients), flat(alone.gradients))
