@@ -14,7 +14,7 @@ test: .venv/.installed
 	$(BIN)/pytest
 
 benchmarks: .venv/.installed
-	$(BIN)/pytest benchmarks --benchmark-enable
+	$(BIN)/pytest benchmarks
 
 .venv/.installed: pyproject.toml setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here: name a Python 3.11 or newer, as in 'make PYTHON=/path/to/python3.11'." >&2; exit 1; }

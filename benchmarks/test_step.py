@@ -1,4 +1,4 @@
-"""``pytest benchmarks --benchmark-enable``: the step of each contender, after a check that the exact engine is exact."""
+"""``pytest benchmarks``: the step of each contender, after a check that the exact engine is exact."""
 
 from typing import Any
 
