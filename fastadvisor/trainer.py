@@ -196,10 +196,12 @@ class Trainer:
         self.model.train()
         losses, meta_losses = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.timer.start()
-        began = time.perf_counter()
+        began, images = time.perf_counter(), 0
         for index in range(steps):
             self._set_lr(current, index)
-            result = self.step(*self._batches(current))
+            train, meta = self._batches(current)
+            images += len(train.labels)
+            result = self.step(train, meta)
             losses += result.loss
             if result.meta_loss is not None:
                 meta_losses += result.meta_loss
@@ -221,7 +223,7 @@ class Trainer:
             **self._validation(),
             "lr": self.step.optimizer.param_groups[0]["lr"],
             **{f"test_{key}": value for key, value in asdict(self._test()).items()},
-            "images_per_second": steps * self.config.batch_size / seconds,
+            "images_per_second": images / seconds,
             "step_ms_median": median(times),
             "seconds": seconds,
         }

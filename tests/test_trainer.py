@@ -157,6 +157,13 @@ def test_each_method_sees_the_images_it_should(method, monkeypatch):
         assert (meta_ids is None) if method != "mfrw" else (meta_ids <= meta)
 
 
+@pytest.mark.parametrize(("method", "size"), [("ce", 100), ("meta-only", 20)])
+def test_the_rate_counts_the_images_that_were_trained_on(tmp_path, method, size):
+    result = train_config(settings(tmp_path / "run", epochs=1, method=method, meta_batch_size=20))
+    [line] = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert line["images_per_second"] * line["seconds"] == pytest.approx(4 * size)
+
+
 def test_the_advisor_learns_and_the_floors_have_none(monkeypatch):
     run = trainer(method="mfrw-mes", epochs=1)
     before = [parameter.detach().clone() for parameter in run.method.advisor.parameters()]
