@@ -1,6 +1,6 @@
 """What the engines share: the forward pass on the train batch, the virtual step, and one signature.
 
-Shapes: B train batch, D features. Numbered symbols are those of README.md in this folder.
+Shapes: B train batch, D features. Symbols are those of README.md in this folder.
 """
 
 from collections.abc import Callable, Mapping

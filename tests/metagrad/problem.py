@@ -1,5 +1,6 @@
 """Small problems on which engines are compared: a network, a method and two batches, all float64 and seeded."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -67,9 +68,15 @@ class Problem:
         advice = self.method.advise(shared.features.detach(), shared.loss_pre, self.train.labels, shared.draw)
         return MetaProblem(self.model, self.method, shared, advice, VirtualStep(0.1) if step is None else step)
 
-    def meta_loss(self, engine):
-        """Lmeta alone, as a function of the advisor's parameters as they stand: for finite differences."""
-        return float(self.gradient(engine).loss)
+    def central_difference(self, engine, direction, step=1e-6):
+        """The derivative of Lmeta along ``direction`` in the advisor's parameters, from two values of Lmeta alone."""
+        losses = []
+        for sign in (1, -1):
+            moved = copy.deepcopy(self)
+            for parameter, d in zip(moved.method.advisor.parameters(), direction, strict=True):
+                parameter.data += sign * step * d
+            losses.append(float(moved.gradient(engine).loss))
+        return (losses[0] - losses[1]) / (2 * step)
 
 
 def problem(method="mfrw-mes", network="batchnorm", dtype=torch.float64, method_class=None, **settings):

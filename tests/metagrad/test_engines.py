@@ -1,7 +1,5 @@
 """The gradient-check suite: the exact engine against double backward, and double backward against finite differences."""
 
-import copy
-
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -77,13 +75,7 @@ def test_double_backward_equals_finite_differences(method):
     generator = torch.Generator().manual_seed(5)
     for _ in range(3):
         direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-        losses = []
-        for sign in (1, -1):
-            moved = copy.deepcopy(task)
-            for parameter, d in zip(moved.method.advisor.parameters(), direction, strict=True):
-                parameter.data += sign * 1e-6 * d
-            losses.append(moved.meta_loss(engine))
-        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(float(gradient @ flat(direction)), rel=1e-4)
+        assert task.central_difference(engine, direction) == pytest.approx(float(gradient @ flat(direction)), rel=1e-4)
 
 
 class Focal(MFRWMES):

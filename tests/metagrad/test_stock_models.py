@@ -1,7 +1,5 @@
 """Exactness on models that nobody wrote for us: torchvision's and timm's, dropout and stochastic depth included."""
 
-import copy
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -61,13 +59,5 @@ def test_a_model_that_double_backward_cannot_do():
     with pytest.raises(RuntimeError, match="derivative for"):
         task.gradient(ReferenceEngine(plain))
     gradient = task.gradient(engine).gradients
-    parameters = list(task.method.advisor.parameters())
     direction = [g / flat(gradient).norm() for g in gradient]
-    losses = []
-    for sign in (1, -1):
-        moved = copy.deepcopy(task)
-        for parameter, d in zip(moved.method.advisor.parameters(), direction, strict=True):
-            parameter.data += sign * 1e-6 * d
-        losses.append(moved.meta_loss(engine))
-    assert len(parameters) == len(gradient)
-    assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(float(flat(gradient).norm()), rel=1e-4)
+    assert task.central_difference(engine, direction) == pytest.approx(float(flat(gradient).norm()), rel=1e-4)
