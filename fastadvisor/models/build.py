@@ -114,5 +114,6 @@ def _weights(name: str, load: Callable[[], nn.Module]) -> nn.Module:
     except (URLError, OSError, RuntimeError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:150]
         raise UserError(
-            f"The pretrained weights of {name} cannot be had ({reason}); put them into the library's cache, or drop --pretrained."
+            f"The pretrained weights of {name} cannot be had ({reason}); put them into the library's cache, "
+            "or drop --pretrained."
         ) from None
