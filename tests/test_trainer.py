@@ -217,6 +217,12 @@ def test_a_model_that_cannot_be_cut_says_so_and_runs_exactly(capsys):
     assert "exact" in capsys.readouterr().out
 
 
+def test_the_reference_engine_refuses_to_approximate():
+    assert trainer(meta_engine="reference").meta_gradient() == "exact"
+    with pytest.raises(UserError, match="always exact"):
+        trainer(meta_engine="reference", approx_meta=True)
+
+
 def test_training_that_diverges_stops_with_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"diverged.*--lr"):
         train_config(settings(tmp_path / "run", method="ce", lr=1e20, schedule="constant"))
