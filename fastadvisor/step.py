@@ -4,6 +4,7 @@ The four phases see the same images and the same weights, so the backbone runs f
 serves Loss Pre-calculation, Virtual-Train and Actual-Train.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import Engine, MetaProblem, Precision, SharedForward, VirtualStep
+from fastadvisor.metagrad.tangent import Recording, Tape
 from fastadvisor.methods import Method
-from fastadvisor.models import Entering, SplitClassifier
+from fastadvisor.models import Cut, Entering, SplitClassifier
 from fastadvisor.runtime.random_state import RandomState
 
 
@@ -46,12 +48,14 @@ class Step:
     def loss_pre_calculation(self, train: Batch) -> SharedForward:
         """(a) Run the backbone once, and the head on its unmasked features."""
         start = Entering(train.images, RandomState.now(train.images.device))
+        plan = self.engine.plan()
+        tape = Tape() if plan.record and not self.model.compiled else None  # compiled code does not pass by
         with self.precision():
-            features, at_cut = self._features(train.images)
+            features, at_cut = self._features(train.images, plan.cut, tape)
             with torch.no_grad():
                 logits = self.model.head(features)
         loss_pre = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), train.labels, reduction="none")
-        return SharedForward(train, features, loss_pre, self.method.draw(train.labels), start, at_cut)
+        return SharedForward(train, features, loss_pre, self.method.draw(train.labels), start, at_cut, tape)
 
     def virtual_and_meta_train(self, shared: SharedForward, meta: Batch) -> Tensor:
         """(b) Virtual-Train: w' = w − α ∇w L(w; θ). (c) Meta-Train: θ ← Adam(θ, ∇θ Lmeta(w'))."""
@@ -79,9 +83,10 @@ class Step:
         self.optimizer.step()
         return loss.detach()
 
-    def _features(self, images: Tensor) -> tuple[Tensor, Entering | None]:
-        if self.engine.cut is None:
-            return self.model(images, features=True), None
-        with self.model.captured(self.engine.cut) as seen:
-            features = self.model(images, features=True)
+    def _features(self, images: Tensor, cut: Cut | None, tape: Tape | None) -> tuple[Tensor, Entering | None]:
+        with nullcontext() if tape is None else Recording(tape):
+            if cut is None:
+                return self.model(images, features=True), None
+            with self.model.captured(cut, tape=() if tape is None else tape) as seen:
+                features = self.model(images, features=True)
         return features, seen[0]

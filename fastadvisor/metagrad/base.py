@@ -12,11 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from fastadvisor.data.types import Batch
+from fastadvisor.metagrad.tangent import Tape
 from fastadvisor.methods.base import Advice, Method
 from fastadvisor.models import Cut, Entering, SplitClassifier
 
 Precision = Callable[[], AbstractContextManager[None]]
 """Makes the autocast context that forward passes of the classifier run in."""
+
+
+class Plan(NamedTuple):
+    """What an engine asks the next shared forward pass to keep for it."""
+
+    cut: Cut | None = None
+    """Keep what enters the backbone here."""
+    record: bool = False
+    """Keep the outputs of convolutions and linear layers (most of them are in the graph anyway)."""
 
 
 @dataclass
@@ -34,6 +44,8 @@ class SharedForward:
     """The images, and the random state the pass began with, so that the tangent pass drops the same units."""
     at_cut: Entering | None = None
     """The same at the engine's cut, where it has one."""
+    tape: Tape | None = None
+    """Outputs of the pass, where the engine asked for them."""
 
     def entering(self, cut: Cut | None) -> Entering:
         """Return what entered the part of the backbone above ``cut``; all of it for None."""
@@ -99,6 +111,10 @@ class Engine(Protocol):
     @property
     def cut(self) -> Cut | None:
         """Where the part of the backbone that counts begins; None: all of it."""
+        ...
+
+    def plan(self) -> Plan:
+        """Say, before the shared forward pass, what it is to keep."""
         ...
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Precision, SharedForward
+from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Plan, Precision, SharedForward
+from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Dual, HeadTangent
 from fastadvisor.models import Cut, SplitClassifier
 
@@ -31,6 +32,10 @@ class ForwardEngine:
 
     precision: Precision
     cut: Cut | None = None
+
+    def plan(self) -> Plan:
+        """Ask for the activation at the cut, and for the outputs the tangent pass would compute again."""
+        return Plan(self.cut, record=True)
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
         """Return w' as constants: the advice carries no graph into it."""
@@ -91,9 +96,10 @@ class ForwardEngine:
             entering.random_state.replayed(),
             model.frozen_statistics(),
             sdpa_kernel(SDPBackend.MATH),
+            torch.compiler.set_stance("force_eager"),  # compiled code drops tangents
         ):
             duals = {name: forward_ad.make_dual(p.detach(), gradient[name]) for name, p in parameters.items()}
-            with self.precision():
+            with self.precision(), Tangents(shared.tape, entering.position):
                 dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
             tangent = forward_ad.unpack_dual(dual).tangent
         # No tangent at all: the features do not depend on anything above the cut.

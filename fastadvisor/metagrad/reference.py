@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Precision
+from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Plan, Precision
 from fastadvisor.models import Cut
 
 
@@ -17,6 +17,10 @@ class ReferenceEngine:
 
     precision: Precision
     cut: Cut | None = None
+
+    def plan(self) -> Plan:
+        """Ask for nothing: the graph holds all."""
+        return Plan()
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, torch.Tensor]:
         """Return w' with its graph to the advisor's parameters."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
 from fastadvisor.models import Cut
 from fastadvisor.runtime.random_state import RandomState
 
@@ -49,6 +49,10 @@ class ValidatedEngine:
     def cut(self) -> Cut | None:
         """Of the approximation: the step records what crosses it even while falling back."""
         return self.approximate.cut
+
+    def plan(self) -> Plan:
+        """Ask for what the approximation needs: the exact engine can do without."""
+        return self.approximate.plan()
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, torch.Tensor]:
         """Return the virtual weights of the engine in charge."""

@@ -5,7 +5,7 @@ identities for the length of that pass, so the model's own ``forward`` runs, wha
 parameter names, and so its state dict, stay its own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ class Entering(NamedTuple):
     activation: Tensor
     """The images, or what crosses the cut; detached."""
     random_state: RandomState
+    position: int = 0
+    """How many outputs the pass had put on its tape by then (metagrad/tangent.py)."""
 
 
 class _Arrived(Exception):
@@ -80,12 +82,15 @@ class SplitClassifier(nn.Module):
         return seen[0].activation
 
     @contextmanager
-    def captured(self, cut: Cut, *, stop: bool = False) -> Iterator[list[Entering]]:
-        """Collect what enters ``cut`` in the forward passes inside the block; with ``stop``, end them there."""
+    def captured(self, cut: Cut, *, stop: bool = False, tape: Sized = ()) -> Iterator[list[Entering]]:
+        """Collect what enters ``cut`` in the forward passes inside the block; with ``stop``, end them there.
+
+        The length of ``tape`` at that moment becomes the position.
+        """
         seen: list[Entering] = []
 
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(Entering(inputs[0].detach(), RandomState.now(inputs[0].device)))
+            seen.append(Entering(inputs[0].detach(), RandomState.now(inputs[0].device), len(tape)))
             if stop:
                 raise _Arrived
 
@@ -110,6 +115,14 @@ class SplitClassifier(nn.Module):
         finally:
             for module in training:
                 module.track_running_stats = True
+
+    @property
+    def compiled(self) -> bool:
+        """Whether any part runs through ``torch.compile``."""
+        return any(
+            module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
+            for module in self.model.modules()
+        )
 
     def part_parameters(self, cut: Cut | None = None) -> dict[str, nn.Parameter]:
         """Return the trainable parameters of backbone and head, above ``cut`` if given, by name in this module."""

@@ -1,0 +1,120 @@
+"""The rules of the tangent pass against torch's own dual numbers, and what the tape may and may not spare."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
+from fastadvisor.metagrad.tangent import Recording, Tangents, Tape, product
+from tests.metagrad.problem import CLASSES, NETWORKS, flat, plain, problem, relative
+
+
+def dual(*shape, generator):
+    return forward_ad.make_dual(*(torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 3, 2), (3, 4, 2, 3, 2)])
+@pytest.mark.parametrize("frozen", [None, "weight", "bias", "both"])
+def test_batch_norm_equals_dual_numbers(shape, frozen):
+    results = []
+    for mode in (nullcontext(), Tangents()):
+        generator = torch.Generator().manual_seed(0)
+        with forward_ad.dual_level():
+            x, weight, bias = (dual(*s, generator=generator) for s in (shape, shape[1:2], shape[1:2]))
+            if frozen in ("weight", "both"):
+                weight = forward_ad.unpack_dual(weight).primal
+            if frozen in ("bias", "both"):
+                bias = forward_ad.unpack_dual(bias).primal
+            with mode:
+                y = F.batch_norm(x, None, None, weight, bias, True, 0.1, 1e-3)
+            results.append(forward_ad.unpack_dual(y))
+    for got, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"groups": 2}, {"dilation": 2}])
+@pytest.mark.parametrize("constant", ["none", "x", "w", "b", "all"])
+def test_convolution_equals_dual_numbers(settings, constant):
+    results = []
+    for mode in (nullcontext(), Tangents()):
+        generator = torch.Generator().manual_seed(0)
+        with forward_ad.dual_level():
+            parts = {"x": dual(2, 4, 7, 7, generator=generator)}
+            parts["w"] = dual(6, 4 // settings.get("groups", 1), 3, 3, generator=generator)
+            parts["b"] = dual(6, generator=generator)
+            for name in parts if constant == "all" else [constant]:
+                if name in parts:
+                    parts[name] = forward_ad.unpack_dual(parts[name]).primal
+            with mode:
+                y = F.conv2d(*parts.values(), **settings)
+            results.append(forward_ad.unpack_dual(y))
+    expected, got = results
+    torch.testing.assert_close(got.primal, expected.primal)
+    assert (got.tangent is None) == (expected.tangent is None) == (constant == "all")
+    if got.tangent is not None:
+        torch.testing.assert_close(got.tangent, expected.tangent, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def spared(monkeypatch):
+    """For each product of a tangent pass, in order, whether its primal output came from the tape."""
+    calls = []
+
+    def watched(function, known, *args, **settings):
+        calls.append(known is not None)
+        return product(function, known, *args, **settings)
+
+    monkeypatch.setattr("fastadvisor.metagrad.tangent.product", watched)
+    return calls
+
+
+def test_no_convolution_of_the_shared_pass_is_computed_again(spared):
+    problem().gradient(ForwardEngine(plain))
+    assert spared == [True] * 7
+
+
+def test_an_output_overwritten_in_place_is_computed_again_and_the_gradient_stays_exact(spared):
+    NETWORKS["in-place"] = lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(inplace=True),  # on the convolution's own output
+        nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, CLASSES),
+    )
+    try:
+        task = problem(network="in-place")
+    finally:
+        del NETWORKS["in-place"]
+    got = task.gradient(ForwardEngine(plain))
+    assert spared == [False, True]
+    assert relative(got.gradients, task.gradient(ReferenceEngine(plain)).gradients) <= 1e-12
+
+
+def test_a_compiled_backbone_is_exact():
+    task = problem(network="batchnorm")
+    expected = task.gradient(ReferenceEngine(plain)).gradients
+    task.model.model.compile(backend="aot_eager")
+    assert task.model.compiled
+    got = task.gradient(ForwardEngine(plain)).gradients
+    assert relative(got, expected) <= 1e-12
+    assert flat(got).norm() > 0
+
+
+def test_the_tape_forgets_what_does_not_fit():
+    tape = Tape()
+    with Recording(tape):
+        y = F.linear(torch.ones(2, 3), torch.ones(4, 3))
+        F.relu(y)
+    assert len(tape) == 1
+    assert torch.equal(tape.find(0, F.linear), y)
+    assert tape.find(0, F.conv2d) is None
+    assert tape.find(1, F.linear) is None
+    y.add_(1)
+    assert tape.find(0, F.linear) is None
