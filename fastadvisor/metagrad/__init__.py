@@ -2,7 +2,7 @@
 
 from fastadvisor.config import MetaConfig
 from fastadvisor.errors import UserError
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Precision, SharedForward, VirtualStep
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, Precision, SharedForward, VirtualStep
 from fastadvisor.metagrad.forward import ForwardEngine
 from fastadvisor.metagrad.reference import ReferenceEngine
 from fastadvisor.metagrad.validated import ValidatedEngine
@@ -13,6 +13,7 @@ __all__ = [
     "ForwardEngine",
     "MetaGradient",
     "MetaProblem",
+    "Plan",
     "Precision",
     "ReferenceEngine",
     "SharedForward",

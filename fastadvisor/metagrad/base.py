@@ -37,7 +37,8 @@ class SharedForward:
     features: Tensor
     """(B, D), with the backbone's graph."""
     loss_pre: Tensor
-    """(B,) plain cross-entropy on unmasked features, detached (Algorithm 1, Loss pre-calculation)."""
+    """(B,) plain cross-entropy on unmasked features (Algorithm 1, Loss pre-calculation); with a graph only where the
+    advisor's inputs are attached."""
     draw: float | Tensor | None
     """The method's random numbers of this iteration."""
     start: Entering
@@ -46,6 +47,10 @@ class SharedForward:
     """The same at the engine's cut, where it has one."""
     tape: Tape | None = None
     """Outputs of the pass, where the engine asked for them."""
+    again: Callable[[], None] | None = None
+    """Runs the pass a second time and puts its graph here: given where memory matters more than time (``--lean``)."""
+    released: bool = False
+    """Whether the graph has been let go."""
 
     def entering(self, cut: Cut | None) -> Entering:
         """Return what entered the part of the backbone above ``cut``; all of it for None."""
@@ -53,6 +58,19 @@ class SharedForward:
             return self.start
         assert self.at_cut is not None
         return self.at_cut
+
+    def release(self) -> None:
+        """Let the graph go, if it can be had again."""
+        if self.again is not None:
+            self.features, self.loss_pre, self.tape = self.features.detach(), self.loss_pre.detach(), None
+            self.released = True
+
+    def restore(self) -> None:
+        """Have the graph again, if it was let go."""
+        if self.released:
+            assert self.again is not None
+            self.again()
+            self.released = False
 
 
 @dataclass
@@ -89,11 +107,12 @@ class MetaProblem:
     advice: Advice
     """With its graph to the advisor's parameters."""
     step: VirtualStep
+    attached: bool = False
+    """Whether the advice has a graph to the features and the loss it was given, and moves with them."""
 
-    def advisor_parameters(self) -> list[nn.Parameter]:
-        """Return θ."""
-        assert self.method.advisor is not None
-        return list(self.method.advisor.parameters())
+    def training_advice(self) -> Advice:
+        """Return the advice as the training loss takes it when its gradient for the classifier is wanted."""
+        return self.advice if self.attached else self.advice.detach()
 
 
 class MetaGradient(NamedTuple):

@@ -1,4 +1,4 @@
-"""The exact meta-gradient from one forward-mode pass; with a cut, the same through the top stages only.
+"""The exact meta-gradient from one forward-mode pass; with a part of the backbone, the same through that part only.
 
     ∇θ Lmeta = −α ∇θ ⟨g, ∇w L(w; θ)⟩ = −α ∇θ L̇,   L̇ = d/dε L(w + ε g; θ) at ε = 0,   g = ∇w' Lmeta(w')
 
@@ -8,6 +8,7 @@ form that an ordinary backward takes to θ. Nothing is differentiated twice. Der
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,76 +20,103 @@ from torch.nn.functional import cross_entropy
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Plan, Precision, SharedForward
 from fastadvisor.metagrad.tangent import Tangents
-from fastadvisor.methods.base import Dual, HeadTangent
+from fastadvisor.methods.base import Advice, Dual, HeadTangent, loss_tangent
 from fastadvisor.models import Cut, SplitClassifier
 
 # torch scripts some of its own forward-mode formulas on first use, and tells the user that scripting is deprecated.
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning)
 
+DIFFERENCE_STEP = 1e-4
+"""Length of a finite difference, over the length of the weights. In float32 on a ResNet-32, longer ones cross more kinks of
+the rectifiers and shorter ones drown in rounding: docs/results/approximation.md."""
+
 
 @dataclass
 class ForwardEngine:
-    """Forward over reverse. Exact with ``cut`` None; else layers below the cut count as constants of the virtual step."""
+    """Forward over reverse. Exact as it stands; with ``cut`` or ``only``, all other layers count as constants."""
 
     precision: Precision
     cut: Cut | None = None
+    """Nothing below it counts."""
+    only: tuple[str, ...] | None = None
+    """Modules that count, above the cut, next to the head; None: all."""
+    tangent: Literal["forward", "difference"] = "forward"
+    """ḟ by a forward-mode pass, or as (f(w + ε g) − f(w)) / ε: one plain forward pass, near enough in float32."""
 
     def plan(self) -> Plan:
         """Ask for the activation at the cut, and for the outputs the tangent pass would compute again."""
-        return Plan(self.cut, record=True)
+        return Plan(self.cut, record=self.tangent == "forward")
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
-        """Return w' as constants: the advice carries no graph into it."""
-        model, shared = problem.model, problem.shared
-        parameters = model.part_parameters(self.cut)
+        """Return w' as constants, of the layers that count."""
+        model, shared, method = problem.model, problem.shared, problem.method
+        parameters = model.part_parameters(self.cut, self.only)
+        if method.of_one_batch:  # weights of 0 make a gradient of 0
+            return problem.step.apply(parameters, tuple(torch.zeros_like(p) for p in parameters.values()))
+        shared.restore()
         with self.precision():
-            loss = problem.method.loss(shared.features, shared.batch.labels, model.head, problem.advice.detach())
+            loss = method.loss(shared.features, shared.batch.labels, model.head, problem.training_advice())
         gradients = torch.autograd.grad(
             loss,
             list(parameters.values()),
-            retain_graph=True,  # the backbone's graph still has the actual step to serve
+            retain_graph=shared.again is None,  # the backbone's graph still has the actual step to serve
             allow_unused=True,
             materialize_grads=True,
         )
+        shared.release()
         return problem.step.apply(parameters, gradients)
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
-        """Return Lmeta(w') and its gradient."""
-        model, shared = problem.model, problem.shared
-        loss, gradient = self._gradient_at(model, virtual, meta)
-        features = Dual(shared.features.detach(), self._features_tangent(model, shared, gradient))
-        weight, bias = model.head_parameter_names()
-        direction = HeadTangent(gradient[weight], None if bias is None else gradient[bias])
-        tangent_loss = problem.method.tangent_loss(features, shared.batch.labels, model.head, direction, problem.advice)
-        gradients = torch.autograd.grad(
-            -problem.step.lr * tangent_loss,
-            problem.advisor_parameters(),
-            retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return MetaGradient(loss, gradients)
+        """Return Lmeta(w') and its gradient. ``virtual`` may hold more weights than those that count."""
+        loss, gradient = self.gradient_at(problem.model, virtual, meta)
+        return MetaGradient(loss, self.to_advisor(problem, gradient))
 
-    def _gradient_at(self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return Lmeta(w') and g = ∇w' Lmeta(w')."""
-        weights = {name: weight.detach().requires_grad_() for name, weight in virtual.items()}
+    def gradient_at(self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return Lmeta(w') and g = ∇w' Lmeta(w') of the layers that count."""
+        loss, weights = self.meta_loss(model, virtual, meta)
+        gradient = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        return loss.detach(), dict(zip(weights, gradient, strict=True))
+
+    def meta_loss(self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return Lmeta(w') with its graph to the weights that count, and these."""
+        values = {name: weight.detach() for name, weight in virtual.items()}
+        weights = {name: values[name].requires_grad_() for name in model.part_parameters(self.cut, self.only)}
         with model.frozen_statistics(), self.precision():
             entering = meta.images
             if self.cut is not None:
                 with torch.no_grad():
-                    entering = model.below(meta.images, self.cut)
-            logits = functional_call(model, weights, (entering,), {"start": self.cut})
-        loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
-        gradient = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-        return loss.detach(), dict(zip(weights, gradient, strict=True))
+                    entering = functional_call(model, values, (meta.images,), {"until": self.cut})
+            logits = functional_call(model, values, (entering,), {"start": self.cut})
+        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels), weights
 
-    def _features_tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
+    def to_advisor(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return −α ∇θ L̇ for the direction ``gradient``."""
+        model, shared = problem.model, problem.shared
+        if self.plan().record:
+            shared.restore()  # now, so that the tangent pass finds its tape
+        tangent = (self._tangent if self.tangent == "forward" else self._difference)(model, shared, gradient)
+        features = Dual(shared.features.detach(), tangent)
+        weight, bias = model.head_parameter_names()
+        direction = HeadTangent(gradient[weight], None if bias is None else gradient[bias])
+        advice, moved = problem.advice, None
+        if problem.attached:
+            advice, moved = self._moving_advice(problem, features, direction)
+        tangent_loss = problem.method.tangent_loss(features, shared.batch.labels, model.head, direction, advice, moved)
+        return torch.autograd.grad(
+            -problem.step.lr * tangent_loss,
+            problem.method.meta_parameters(),
+            retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    def _tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
 
-        Every parameter above the cut becomes dual, normalisations' affine ones included: under autocast a BatchNorm with
+        Every parameter that counts becomes dual, normalisations' affine ones included: under autocast a BatchNorm with
         constant affine parameters may emit a float32 tangent, which the next convolution rejects.
         """
-        parameters, entering = model.part_parameters(self.cut), shared.entering(self.cut)
+        parameters, entering = model.part_parameters(self.cut, self.only), shared.entering(self.cut)
         # Of the attention kernels only the plain one has a forward-mode formula.
         with (
             torch.no_grad(),
@@ -102,5 +130,34 @@ class ForwardEngine:
             with self.precision(), Tangents(shared.tape, entering.position):
                 dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
             tangent = forward_ad.unpack_dual(dual).tangent
-        # No tangent at all: the features do not depend on anything above the cut.
+        # No tangent at all: the features do not depend on anything that counts.
         return torch.zeros_like(shared.features) if tangent is None else tangent
+
+    def _difference(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
+        """Return ḟ (B, D) to the first order in the step ε."""
+        parameters, entering = model.part_parameters(self.cut, self.only), shared.entering(self.cut)
+        weights, directions = [p.detach() for p in parameters.values()], [gradient[name] for name in parameters]
+        length, size = (torch.stack(torch._foreach_norm(part)).norm() for part in (directions, weights))
+        step = DIFFERENCE_STEP * size / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
+        moved = torch._foreach_add(weights, torch._foreach_mul(directions, step))
+        with torch.no_grad(), entering.random_state.replayed(), model.frozen_statistics(), self.precision():
+            values = dict(zip(parameters, moved, strict=True))
+            features = functional_call(model, values, (entering.activation,), {"start": self.cut, "features": True})
+        return (features - shared.features.detach()) / step
+
+    @staticmethod
+    def _moving_advice(problem: MetaProblem, f: Dual, direction: HeadTangent) -> tuple[Advice, Advice]:
+        """Return the advice with its graph to θ alone, and its tangent along the inputs' own: the advisor sees duals."""
+        shared, method, labels = problem.shared, problem.method, problem.shared.batch.labels
+        with torch.no_grad():
+            loss_dot = loss_tangent(f, labels, problem.model.head, direction)
+        with forward_ad.dual_level():
+            features = forward_ad.make_dual(f.primal, f.tangent.to(f.primal.dtype))
+            loss_pre = shared.loss_pre.detach()
+            dual = method.advise(features, forward_ad.make_dual(loss_pre, loss_dot.to(loss_pre.dtype)), labels, shared.draw)
+            parts = [
+                (None, None) if part is None else tuple(forward_ad.unpack_dual(part))
+                for part in (dual.mask, dual.equalisation, dual.weight)
+            ]
+        (mask, mask_dot), (equalisation, equalisation_dot), (weight, weight_dot) = parts
+        return Advice(mask, equalisation, dual.beta, weight), Advice(mask_dot, equalisation_dot, None, weight_dot)

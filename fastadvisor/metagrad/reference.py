@@ -40,7 +40,7 @@ class ReferenceEngine:
         loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
         gradients = torch.autograd.grad(
             loss,
-            problem.advisor_parameters(),
+            problem.method.meta_parameters(),
             retain_graph=True,  # the backbone's graph still has the actual step to serve
             allow_unused=True,
             materialize_grads=True,

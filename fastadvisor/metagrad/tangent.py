@@ -137,8 +137,8 @@ def batch_norm(
         x_dot.to(x.dtype), x, w, None, None, mean, (var + eps).rsqrt(), True, eps, [True, False, False]
     )[0]
     if w_dot is not None or b_dot is not None:
-        affine = (torch.zeros_like(part) if dot is None else dot for part, dot in ((w, w_dot), (b, b_dot)))
-        y_dot.add_(F.batch_norm(x, mean, var, *affine, False, 0.0, eps))
+        w_dot, b_dot = (torch.zeros_like(part) if dot is None else dot for part, dot in ((w, w_dot), (b, b_dot)))
+        y_dot.add_(F.batch_norm(x, mean, var, w_dot, b_dot, False, 0.0, eps))
     return forward_ad.make_dual(y, y_dot)
 
 

@@ -5,6 +5,7 @@ from fastadvisor.errors import UserError, nearest
 from fastadvisor.methods.base import Advice, Method, Phase
 from fastadvisor.methods.ce import CrossEntropy
 from fastadvisor.methods.finetune import Finetune
+from fastadvisor.methods.l2rw import L2RW
 from fastadvisor.methods.mes import MES
 from fastadvisor.methods.meta_only import MetaOnly
 from fastadvisor.methods.mfrw import MFRW
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "ce": CrossEntropy,
     "meta-only": MetaOnly,
     "finetune": Finetune,
+    "l2rw": L2RW,
     "mw-net": MWNet,
     "mfrw": MFRW,
     "mes": MES,

@@ -3,6 +3,7 @@
 Shapes: B samples, D features, C classes; ``f`` features, ``u`` mask and ``v`` equalisation before the sigmoid.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -59,12 +60,30 @@ class Method:
     advisor_lr: ClassVar[float] = 1e-4
     """Adam's rate where the user gives none (paper 4.2)."""
     advisor_weight_decay: ClassVar[float] = 0.0
+    of_one_batch: ClassVar[bool] = False
+    """Whether the meta-parameters belong to the batch and are forgotten after it, as L2RW's are."""
 
     def __init__(self, config: MethodConfig, features: int, classes: int) -> None:
         self.config = config
         self.features = features
         self.classes = classes
         self.advisor: nn.Module | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are meta-parameters, and so a meta step."""
+        return self.advisor is not None
+
+    def meta_parameters(self) -> list[Tensor]:
+        """Return θ; valid from :meth:`advise` on."""
+        return [] if self.advisor is None else list(self.advisor.parameters())
+
+    def learn(self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        """Meta-Train: move θ by ∇θ Lmeta, given in the order of :meth:`meta_parameters`."""
+        assert optimizer is not None
+        for parameter, gradient in zip(self.meta_parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
 
     def phases(self) -> list[Phase]:
         """Return the parts of the run, whose shares sum to 1."""
@@ -75,7 +94,10 @@ class Method:
         return None
 
     def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
-        """Return the advice on a batch, with a graph to the advisor's parameters; all inputs are constants."""
+        """Return the advice on a batch, with a graph to the advisor's parameters.
+
+        The inputs are constants, unless ``--advisor-inputs attached``: then a graph to them too.
+        """
         return Advice()
 
     def loss(self, f_BD: Tensor, labels: Tensor, head: nn.Module, advice: Advice) -> Tensor:
@@ -84,15 +106,25 @@ class Method:
         loss_B = mes_cross_entropy(head(h_BD), advice.equalisation, labels, advice.beta)
         return (loss_B if advice.weight is None else advice.weight * loss_B).mean()
 
-    def tangent_loss(self, f: "Dual", labels: Tensor, head: nn.Linear, head_tangent: "HeadTangent", advice: Advice) -> Tensor:
+    def tangent_loss(
+        self,
+        f: "Dual",
+        labels: Tensor,
+        head: nn.Linear,
+        head_tangent: "HeadTangent",
+        advice: Advice,
+        advice_tangent: Advice | None = None,
+    ) -> Tensor:
         """Return L̇, the derivative of :meth:`loss` along a direction (ḟ, head_tangent): a scalar that the advisor's
         parameters reach, so that a first-order backward through it gives the meta-gradient (metagrad/README.md).
 
         Closed form for the loss above; a subclass with another loss gets a double backward through its few
-        operations behind the features, the same value at a higher price.
+        operations behind the features, the same value at a higher price. ``advice_tangent``: where the advice moves along
+        the direction too, because the advisor's inputs are not constants.
         """
         closed = type(self).loss is Method.loss
-        return (closed_tangent if closed else double_backward_tangent)(self, f, labels, head, head_tangent, advice)
+        function = closed_tangent if closed else double_backward_tangent
+        return function(self, f, labels, head, head_tangent, advice, advice_tangent or Advice())
 
 
 class Dual(NamedTuple):
@@ -110,30 +142,74 @@ class HeadTangent(NamedTuple):
 
 
 def closed_tangent(
-    method: Method, f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent, advice: Advice
+    method: Method,
+    f: Dual,
+    labels: Tensor,
+    head: nn.Linear,
+    head_tangent: HeadTangent,
+    advice: Advice,
+    advice_tangent: Advice,
 ) -> Tensor:
-    """L̇ = mean_i w_i (Σ_k p̃_k ż_k − ż_y), ż = W ḣ + Ẇ h + ḃ, in the dtype of the head's parameters."""
+    """L̇ = mean_i ( w_i (Σ_k p̃_k (ż_k + ȧ_k) − ż_y) + ẇ_i ℓ_i ), ż = W ḣ + Ẇ h + ḃ, ȧ_k = ∂a_k/∂v_k v̇_k; in the dtype of
+    the head's parameters. ȧ and ẇ only where the advice moves.
+    """
     dtype = head.weight.dtype
     h, h_dot = f.primal.to(dtype), f.tangent.to(dtype)
     if advice.mask is not None:
         mask = torch.sigmoid(advice.mask)
-        h, h_dot = mask * h, mask * h_dot
-    bias = None if head.bias is None else head.bias.detach()
-    z = linear(h, head.weight.detach(), bias)
-    z_dot = linear(h_dot, head.weight.detach(), head_tangent.bias) + linear(h, head_tangent.weight)
+        h_dot = mask * h_dot
+        if advice_tangent.mask is not None:
+            h_dot = h_dot + mask * (1 - mask) * advice_tangent.mask * h
+        h = mask * h
+    z, z_dot = _logits(head, h, h_dot, head_tangent)
+    target, target_dot = (part.gather(1, labels[:, None]).squeeze(1) for part in (z, z_dot))
     if advice.equalisation is not None:
-        z = z + log_weights(advice.equalisation, labels, advice.beta)
-    p = torch.softmax(z, dim=1)
-    loss_dot = (p * z_dot).sum(dim=1) - z_dot.gather(1, labels[:, None]).squeeze(1)
-    return (loss_dot if advice.weight is None else advice.weight * loss_dot).mean()
+        log_weight = log_weights(advice.equalisation, labels, advice.beta)
+        z = z + log_weight
+        if advice_tangent.equalisation is not None:  # a_k depends on v_k alone, so its derivatives are those of the sum
+            (slope,) = torch.autograd.grad(log_weight.sum(), advice.equalisation, create_graph=True)
+            z_dot = z_dot + slope * advice_tangent.equalisation
+    loss_dot = (torch.softmax(z, dim=1) * z_dot).sum(dim=1) - target_dot
+    if advice.weight is None:
+        return loss_dot.mean()
+    loss_dot = advice.weight * loss_dot
+    if advice_tangent.weight is not None:
+        loss_dot = loss_dot + advice_tangent.weight * (torch.logsumexp(z, dim=1) - target)
+    return loss_dot.mean()
+
+
+def loss_tangent(f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent) -> Tensor:
+    """Return the tangent of the plain cross-entropy per sample (B,): Σ_k p_k ż_k − ż_y."""
+    dtype = head.weight.dtype
+    z, z_dot = _logits(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
+    return (torch.softmax(z, dim=1) * z_dot).sum(dim=1) - z_dot.gather(1, labels[:, None]).squeeze(1)
+
+
+def _logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    return Dual(linear(h, weight, bias), linear(h_dot, weight, head_tangent.bias) + linear(h, head_tangent.weight))
 
 
 def double_backward_tangent(
-    method: Method, f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent, advice: Advice
+    method: Method,
+    f: Dual,
+    labels: Tensor,
+    head: nn.Linear,
+    head_tangent: HeadTangent,
+    advice: Advice,
+    advice_tangent: Advice,
 ) -> Tensor:
-    """L̇ = ⟨∇_f L, ḟ⟩ + ⟨∇_head L, head_tangent⟩, differentiable: for any loss behind the features."""
+    """L̇ = Σ ⟨∇_x L, ẋ⟩ over features, head and, where it moves, advice; differentiable, for any loss behind the features."""
     leaf = f.primal.detach().requires_grad_()
-    parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
-    gradients = torch.autograd.grad(method.loss(leaf, labels, head, advice), [leaf, *parameters], create_graph=True)
-    directions = [f.tangent, *(tangent for tangent in head_tangent if tangent is not None)]
+    inputs, directions = [leaf], [f.tangent]
+    moved = (advice_tangent.mask, advice_tangent.equalisation, advice_tangent.weight)
+    for value, direction in (
+        (head.weight, head_tangent.weight),
+        (head.bias, head_tangent.bias),
+        *zip((advice.mask, advice.equalisation, advice.weight), moved, strict=True),
+    ):
+        if value is not None and direction is not None:
+            inputs.append(value)
+            directions.append(direction)
+    gradients = torch.autograd.grad(method.loss(leaf, labels, head, advice), inputs, create_graph=True)
     return torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()

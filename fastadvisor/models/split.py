@@ -45,7 +45,6 @@ class SplitClassifier(nn.Module):
         self.model = model
         self.head_name = head
         self.name = name
-        self.cut: Cut | None = None
         self._identity = (nn.Identity(),)  # in a tuple, so that it is no submodule
         self._normalisations = [
             module
@@ -60,26 +59,25 @@ class SplitClassifier(nn.Module):
         assert isinstance(head, nn.Linear)
         return head
 
-    def forward(self, x: Tensor, *, start: Cut | None = None, features: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, start: Cut | None = None, until: Cut | None = None, features: bool = False) -> Tensor:
         """Run the model, or a part of it.
 
         Args:
             x: (B, 3, H, W) images; with ``start``, the activation that enters that cut.
             start: leave out everything below this cut.
+            until: stop at this cut.
             features: leave out the head and return the features (B, D).
 
         Returns:
-            Logits (B, C), or features (B, D).
+            Logits (B, C); features (B, D); or the activation that enters ``until``.
         """
+        if until is not None:
+            with self.captured(until, stop=True) as seen, suppress(_Arrived):
+                self.model(x)
+            return seen[0].activation
         skipped = (list(start.below) if start is not None else []) + ([self.head_name] if features else [])
         with swapped(self.model, dict.fromkeys(skipped, self._identity[0])):
             return self.model(x)
-
-    def below(self, x: Tensor, cut: Cut) -> Tensor:
-        """Run only what is below ``cut`` and return the activation that enters it."""
-        with self.captured(cut, stop=True) as seen, suppress(_Arrived):
-            self.model(x)
-        return seen[0].activation
 
     @contextmanager
     def captured(self, cut: Cut, *, stop: bool = False, tape: Sized = ()) -> Iterator[list[Entering]]:
@@ -124,13 +122,19 @@ class SplitClassifier(nn.Module):
             for module in self.model.modules()
         )
 
-    def part_parameters(self, cut: Cut | None = None) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters of backbone and head, above ``cut`` if given, by name in this module."""
+    def part_parameters(self, cut: Cut | None = None, only: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters of backbone and head by name in this module.
+
+        Args:
+            cut: leave out everything below it.
+            only: of the backbone, only those of these modules.
+        """
         below = () if cut is None else tuple(f"model.{name}." for name in cut.below)
+        kept = ("",) if only is None else tuple(f"model.{name}." for name in (*only, self.head_name))
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if parameter.requires_grad and not name.startswith(below)
+            if parameter.requires_grad and not name.startswith(below) and name.startswith(kept)
         }
 
     def head_parameter_names(self) -> tuple[str, str | None]:
@@ -211,7 +215,7 @@ def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) ->
     try:
         with torch.no_grad():
             expected = whole(images, features=True)
-            features = whole(whole.below(images, cut), start=cut, features=True)
+            features = whole(whole(images, until=cut), start=cut, features=True)
         return cut if torch.allclose(features, expected, rtol=1e-4, atol=1e-5) else None
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
         return None  # not a chain: what the model does before the cut fails on the activation

@@ -1,6 +1,7 @@
 """Small problems on which engines are compared: a network, a method and two batches, all float64 and seeded."""
 
 import copy
+import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import MetaProblem, VirtualStep
+from fastadvisor.metagrad import VirtualStep
 from fastadvisor.methods import Method, build_method
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet
@@ -54,28 +55,29 @@ class Problem:
     train: Batch
     meta: Batch
 
-    def gradient(self, engine, step=None):
+    def gradient(self, engine, step=None, **settings):
         """Lmeta and ∇θ Lmeta by ``engine``, from the same random state for every engine."""
-        posed = self.posed(engine, step)
+        posed = self.posed(engine, step, **settings)
         return engine.meta_gradient(posed, engine.virtual_train(posed), self.meta)
 
-    def posed(self, engine, step=None):
-        """What a meta step starts from, as the training step puts it."""
+    def posed(self, engine, step=None, **settings):
+        """What a meta step starts from, as the training step puts it; ``settings`` are the training step's."""
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        shared = Step(self.model, self.method, optimizer, None, engine, plain).loss_pre_calculation(self.train)
+        whole = Step(self.model, self.method, optimizer, None, engine, plain, **settings)
+        shared = whole.loss_pre_calculation(self.train)
         torch.manual_seed(2)
-        advice = self.method.advise(shared.features.detach(), shared.loss_pre, self.train.labels, shared.draw)
-        return MetaProblem(self.model, self.method, shared, advice, VirtualStep(0.1) if step is None else step)
+        posed = whole.problem(shared)
+        return posed if step is None else dataclasses.replace(posed, step=step)
 
-    def central_difference(self, engine, direction, step=1e-6):
+    def central_difference(self, engine, direction, step=1e-6, **settings):
         """The derivative of Lmeta along ``direction`` in the advisor's parameters, from two values of Lmeta alone."""
         losses = []
         for sign in (1, -1):
             moved = copy.deepcopy(self)
             for parameter, d in zip(moved.method.advisor.parameters(), direction, strict=True):
                 parameter.data += sign * step * d
-            losses.append(float(moved.gradient(engine).loss))
+            losses.append(float(moved.gradient(engine, **settings).loss))
         return (losses[0] - losses[1]) / (2 * step)
 
 

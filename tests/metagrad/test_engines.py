@@ -7,12 +7,15 @@ from torch.nn.functional import cosine_similarity
 
 import fastadvisor.methods.base as base
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine, VirtualStep
+from fastadvisor.methods import Advice
+from fastadvisor.methods.l2rw import L2RW
 from fastadvisor.methods.mfrw_mes import MFRWMES
 from fastadvisor.models import cut_at
 from fastadvisor.runtime.precision import autocast
 from tests.metagrad.problem import CLASSES, NETWORKS, SIZE, flat, plain, problem, relative
 
-METHODS = ["mfrw", "mes", "mfrw-mes", "mw-net"]
+NETWORKS_OF_ADVISORS = ["mfrw", "mes", "mfrw-mes", "mw-net"]
+METHODS = [*NETWORKS_OF_ADVISORS, "l2rw"]
 SETTINGS = [
     ("mes", {"beta_draw": "sample"}),
     ("mes", {"beta_draw": "batch"}),
@@ -20,23 +23,33 @@ SETTINGS = [
     ("mfrw-mes", {"beta_draw": "expected"}),
     ("mw-net", {"weight_normalization": "sum"}),
 ]
+ATTACHED = {"attached": True}
 
 
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_forward_equals_double_backward(method, network):
+def test_forward_equals_double_backward(method, network, attached):
     task = problem(method, network)
-    expected, got = task.gradient(ReferenceEngine(plain)), task.gradient(ForwardEngine(plain))
+    expected, got = (task.gradient(engine, attached=attached) for engine in (ReferenceEngine(plain), ForwardEngine(plain)))
     assert flat(expected.gradients).norm() > 1e-6, "the problem is degenerate: any answer would pass"
-    assert relative(got.gradients, expected.gradients) <= 1e-10
+    assert relative(got.gradients, expected.gradients) <= 1e-12
     assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-12)
 
 
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
 @pytest.mark.parametrize(("method", "settings"), SETTINGS)
-def test_forward_equals_double_backward_in_every_setting(method, settings):
+def test_forward_equals_double_backward_in_every_setting(method, settings, attached):
     task = problem(method, **settings)
-    expected, got = task.gradient(ReferenceEngine(plain)), task.gradient(ForwardEngine(plain))
-    assert relative(got.gradients, expected.gradients) <= 1e-10
+    expected, got = (task.gradient(engine, attached=attached) for engine in (ReferenceEngine(plain), ForwardEngine(plain)))
+    assert relative(got.gradients, expected.gradients) <= 1e-12
+
+
+@pytest.mark.parametrize("method", NETWORKS_OF_ADVISORS)
+def test_attached_inputs_are_another_gradient(method):
+    task = problem(method)
+    detached, attached = (task.gradient(ForwardEngine(plain), attached=value).gradients for value in (False, True))
+    assert relative(attached, detached) > 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -48,7 +61,8 @@ def test_a_virtual_step_with_momentum_and_weight_decay_is_exact_too(method):
     step = VirtualStep(0.1, optimizer)
     expected, got = task.gradient(ReferenceEngine(plain), step), task.gradient(ForwardEngine(plain), step)
     assert relative(got.gradients, expected.gradients) <= 1e-10
-    assert float(got.loss) != pytest.approx(float(task.gradient(ForwardEngine(plain)).loss), rel=1e-6)
+    if method != "l2rw":  # whose virtual step is decay and momentum alone
+        assert float(got.loss) != pytest.approx(float(task.gradient(ForwardEngine(plain)).loss), rel=1e-6)
 
 
 def test_the_virtual_step_with_the_optimizer_is_the_optimizers_own_step():
@@ -66,16 +80,42 @@ def test_the_virtual_step_with_the_optimizer_is_the_optimizers_own_step():
         torch.testing.assert_close(virtual[name], parameter.detach(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_double_backward_equals_finite_differences(method):
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
+@pytest.mark.parametrize("method", NETWORKS_OF_ADVISORS)
+def test_double_backward_equals_finite_differences(method, attached):
     task = problem(method, "batchnorm")
     engine = ReferenceEngine(plain)
-    gradient = flat(task.gradient(engine).gradients)
+    gradient = flat(task.gradient(engine, attached=attached).gradients)
     parameters = list(task.method.advisor.parameters())
     generator = torch.Generator().manual_seed(5)
     for _ in range(3):
         direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-        assert task.central_difference(engine, direction) == pytest.approx(float(gradient @ flat(direction)), rel=1e-4)
+        expected = pytest.approx(float(gradient @ flat(direction)), rel=1e-4)
+        assert task.central_difference(engine, direction, attached=attached) == expected
+
+
+class Shifted(L2RW):
+    """L2RW from weights other than 0, so that Lmeta can be looked at on both sides of 0."""
+
+    of_one_batch = False
+    shift = 0.0
+
+    def advise(self, f_BD, loss_B, labels, draw):
+        self._weight_B = torch.as_tensor(self.shift).to(loss_B).expand(len(loss_B)).clone().requires_grad_()
+        return Advice(weight=self._weight_B)
+
+
+def test_l2rws_gradient_equals_finite_differences():
+    task = problem(method_class=Shifted)
+    engine = ReferenceEngine(plain)
+    gradient = flat(task.gradient(engine).gradients)
+    assert relative([gradient], problem("l2rw").gradient(ForwardEngine(plain)).gradients) <= 1e-12
+    for index in (0, 5, 11):
+        losses = []
+        for sign in (1, -1):
+            task.method.shift = sign * 1e-6 * torch.eye(16, dtype=torch.float64)[index]
+            losses.append(float(task.gradient(engine).loss))
+        assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(float(gradient[index]), rel=1e-4)
 
 
 class Focal(MFRWMES):
@@ -88,18 +128,20 @@ class Focal(MFRWMES):
         return ((1 - torch.exp(-loss_B)) ** 2 * loss_B).mean()
 
 
-def test_a_method_with_its_own_loss_is_exact_without_a_closed_form():
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
+def test_a_method_with_its_own_loss_is_exact_without_a_closed_form(attached):
     task = problem(method_class=Focal)
-    expected, got = task.gradient(ReferenceEngine(plain)), task.gradient(ForwardEngine(plain))
-    assert relative(got.gradients, expected.gradients) <= 1e-10
+    expected, got = (task.gradient(engine, attached=attached) for engine in (ReferenceEngine(plain), ForwardEngine(plain)))
+    assert relative(got.gradients, expected.gradients) <= 1e-12
 
 
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_closed_form_equals_a_double_backward_behind_the_features(method, monkeypatch):
+def test_the_closed_form_equals_a_double_backward_behind_the_features(method, attached, monkeypatch):
     task = problem(method)
-    closed = task.gradient(ForwardEngine(plain))
+    closed = task.gradient(ForwardEngine(plain), attached=attached)
     monkeypatch.setattr(base, "closed_tangent", base.double_backward_tangent)
-    assert relative(closed.gradients, task.gradient(ForwardEngine(plain)).gradients) <= 1e-12
+    assert relative(closed.gradients, task.gradient(ForwardEngine(plain), attached=attached).gradients) <= 1e-12
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_a_cut_gives_the_whole(name, stages, training):
     assert whole.training is training
     before = modules(whole)
     with torch.no_grad(), whole.frozen_statistics():
-        entering = whole.below(images, cut)
+        entering = whole(images, until=cut)
         torch.testing.assert_close(whole(entering, start=cut, features=True), whole(images, features=True))
         torch.testing.assert_close(whole(entering, start=cut), whole(images))
     assert modules(whole) == before
@@ -302,7 +302,7 @@ def test_a_cut_opens_the_trunk(name):
     cut = cut_at(whole, (64, 64), 2)
     assert "." in cut.entry
     with torch.no_grad():
-        features = whole(whole.below(images, cut), start=cut, features=True)
+        features = whole(whole(images, until=cut), start=cut, features=True)
         torch.testing.assert_close(features, whole(images, features=True), rtol=1e-4, atol=1e-5)
 
 
@@ -313,7 +313,7 @@ def test_below_runs_nothing_above():
     ran = []
     handles = [m.register_forward_hook(lambda *_, name=n: ran.append(name)) for n, m in whole.model.named_children()]
     with torch.no_grad():
-        whole.below(images, cut)
+        whole(images, until=cut)
     for handle in handles:
         handle.remove()
     assert ran == ["conv1", "bn1", "layer1", "layer2"]

@@ -1,0 +1,51 @@
+"""Learning to Reweight Examples (Ren et al. 2018): every batch finds the weights of its own samples."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastadvisor.config import MethodConfig
+from fastadvisor.methods.base import Advice, Method
+
+
+class L2RW(Method):
+    """Weights w_i = max(−∂Lmeta/∂ε_i, 0), scaled to sum to 1, where ε_i = 0 weighs sample i in the virtual step.
+
+    The meta-parameters are ε, one a sample, and there is no network: Meta-Train is that formula. At ε = 0 the virtual weights
+    are today's, so the virtual step costs nothing.
+    """
+
+    of_one_batch: ClassVar[bool] = True
+
+    def __init__(self, config: MethodConfig, features: int, classes: int) -> None:
+        super().__init__(config, features, classes)
+        self._weight_B: Tensor | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is a meta step."""
+        return True
+
+    def meta_parameters(self) -> list[Tensor]:
+        """Return ε (B,) of the batch last advised on."""
+        assert self._weight_B is not None
+        return [self._weight_B]
+
+    def draw(self, labels: Tensor) -> None:
+        """Forget the last batch."""
+        self._weight_B = None
+
+    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
+        """Return ε before Meta-Train, the learnt weights after it."""
+        if self._weight_B is None:
+            self._weight_B = torch.zeros_like(loss_B, requires_grad=True)
+        return Advice(weight=self._weight_B)
+
+    def learn(self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        """Meta-Train: take the weights from ∂Lmeta/∂ε (B,); all 0 where no sample would help (their paper, eq. 8 and 9)."""
+        useful_B = (-gradients[0]).clamp_min(0)
+        total = useful_B.sum()
+        # The loss takes a mean: weights that sum to B there are weights that sum to 1 in a sum.
+        self._weight_B = len(useful_B) * useful_B / torch.where(total > 0, total, torch.ones_like(total))
