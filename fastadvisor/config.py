@@ -87,7 +87,7 @@ class MethodConfig:
     """The method and its advisor (paper 3.3 to 3.5, 4.2)."""
 
     method: str = "mfrw-mes"
-    """mfrw, mes, mfrw-mes, mw-net, or a floor: ce, meta-only, finetune."""
+    """mfrw, mes, mfrw-mes, mw-net, l2rw, or a floor: ce, meta-only, finetune."""
     advisor_width: Count = 100
     """Size of each embedding of the advisor (paper 4.2)."""
     advisor_lr: Positive | None = None
@@ -112,10 +112,27 @@ class MetaConfig:
 
     meta_engine: Literal["forward", "reference"] = "forward"
     """Exact engine. forward: one forward-mode pass; reference: double backward, the slow oracle."""
+    meta_interval: Count | None = None
+    """A meta step every so many iterations; none: every one, with --approx-meta every third."""
+    virtual_gradient: Literal["auto", "own", "actual"] = "auto"
+    """Gradient of the virtual step. own: as in Algorithm 1; actual: the actual step's, which leaves the advisor one step
+    behind and spares a backward pass; auto: own, with --approx-meta actual."""
+    advisor_inputs: Literal["detached", "attached"] = "detached"
+    """Whether the classifier's training gradient flows through features and loss into the advisor."""
+    lean: bool = False
+    """Hold one graph at a time: free the training graph before the meta step and compute it again after it."""
     approx_meta: bool = False
-    """Approximate: differentiate only through the top stages of the backbone."""
+    """Approximate the meta-gradient: a faster set of the settings around this one."""
+    approx_layers: Literal["all", "top", "random", "learned"] = "all"
+    """--approx-meta: layers that count. top: the top --approx-stages stages; random, learned: --approx-budget residual blocks
+    (or layers), chosen at each meta step at random or by FaMUS's gradient samplers."""
     approx_stages: Count = 1
-    """--approx-meta: number of top stages that count."""
+    """--approx-layers top: number of stages."""
+    approx_budget: Count = 4
+    """--approx-layers random, learned: number of layers."""
+    approx_tangent: Literal["auto", "forward", "difference"] = "auto"
+    """--approx-meta: derivative of the features by a forward-mode pass, or by a finite difference, which costs half but needs
+    float32; auto: difference, with --amp forward."""
     validate_meta_every: Annotated[int, Field(ge=0, lt=2**31)] = 100
     """--approx-meta: meta steps from one comparison with the exact meta-gradient to the next; 0: never."""
     min_meta_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.5

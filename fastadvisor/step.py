@@ -5,7 +5,7 @@ serves Loss Pre-calculation, Virtual-Train and Actual-Train.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -58,6 +58,8 @@ class Step:
     def __call__(self, train: Batch, meta: Batch | None) -> StepResult:
         """Take one step on ``train``; ``meta`` is None where no meta step is due."""
         self.iteration += 1
+        if not self.method.learns:
+            meta = None
         shared = self.loss_pre_calculation(train, with_meta_step=meta is not None)
         if meta is None:
             return StepResult(self.actual_train(shared), None)
@@ -99,7 +101,7 @@ class Step:
         """(b), (c), (d) with the advisor one step behind: the actual gradient, taken with today's advisor, is the virtual
         gradient too, and the advisor it teaches serves from the next iteration on. The graph is gone by the meta step.
         """
-        problem = self.problem(shared)
+        problem = replace(self.problem(shared), stepped=True)
         loss = self._backward(shared, problem.training_advice())
         parameters = self.model.part_parameters()
         gradients = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values())

@@ -17,9 +17,9 @@ from fastadvisor.data import Batch, ResidentImages, ResidentLoader, Source, Trai
 from fastadvisor.data.augment import Augmentation
 from fastadvisor.errors import UserError
 from fastadvisor.evaluation import Accuracy, accuracy
-from fastadvisor.metagrad import ValidatedEngine, build_engine
+from fastadvisor.metagrad import Engine, ForwardEngine, ValidatedEngine, build_engine, meta_schedule
 from fastadvisor.methods import build_method, check_method
-from fastadvisor.models import build_model, check_model, cut_at
+from fastadvisor.models import build_model, check_model
 from fastadvisor.runtime import allocator, checkpoint, memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.logger import TensorBoard
@@ -87,9 +87,7 @@ class Trainer:
         self.method = build_method(config, self.model.head.in_features, len(data.classes))
         if self.method.advisor is not None:
             self.method.advisor.to(device)
-        cut = cut_at(self.model, shape, config.approx_stages) if config.approx_meta and self.method.advisor else None
-        if config.approx_meta and self.method.advisor is not None and cut is None:
-            print(f"{config.model} cannot be cut below its top {config.approx_stages} stages; the meta-gradient is exact.")
+        schedule = meta_schedule(config, type(self.method))
         self.step = Step(
             self.model,
             self.method,
@@ -100,9 +98,13 @@ class Trainer:
                 weight_decay=config.weight_decay,
             ),
             self._advisor_optimizer(),
-            build_engine(config, self.precision, cut),
+            self._engine(shape),
             self.precision,
             virtual_with_optimizer=config.virtual_step == "optimizer",
+            attached=config.advisor_inputs == "attached",
+            interval=schedule.interval,
+            behind=schedule.behind,
+            lean=config.lean,
         )
         self.train_loader, self.meta_loader = self._loaders()
         self._check_batches_of_one(shape)
@@ -117,6 +119,11 @@ class Trainer:
     def precision(self) -> AbstractContextManager[None]:
         """Make the context that forward passes run in."""
         return autocast(self.device, self.config.amp)
+
+    def _engine(self, shape: tuple[int, int]) -> Engine:
+        if not self.method.learns:
+            return ForwardEngine(self.precision)  # never asked
+        return build_engine(self.config, self.model, shape, self.precision, amp=self.config.amp)
 
     def _advisor_optimizer(self) -> torch.optim.Optimizer | None:
         if self.method.advisor is None:
@@ -196,16 +203,18 @@ class Trainer:
         self.model.train()
         losses, meta_losses = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.timer.start()
-        began, images = time.perf_counter(), 0
+        began, images, meta_steps = time.perf_counter(), 0, 0
         for index in range(steps):
-            self._set_lr(current, index)
+            self.set_lr(current, index)
             train, meta = self._batches(current)
             images += len(train.labels)
             result = self.step(train, meta)
             losses += result.loss
             if result.meta_loss is not None:
                 meta_losses += result.meta_loss
+                meta_steps += 1
             self.timer.mark()
+            self._show_check(bar)
             bar.update()
         times = self.timer.collect()
         seconds = time.perf_counter() - began
@@ -219,12 +228,12 @@ class Trainer:
         return {
             "epoch": self.epoch + 1,
             "loss": loss,
-            "meta_loss": float(meta_losses) / steps if self.method.advisor is not None else None,
+            "meta_loss": float(meta_losses) / meta_steps if meta_steps else None,
             **self._validation(),
             "lr": self.step.optimizer.param_groups[0]["lr"],
-            **{f"test_{key}": value for key, value in asdict(self._test()).items()},
+            **{f"test_{key}": value for key, value in asdict(self.test()).items()},
             "images_per_second": images / seconds,
-            "step_ms_median": median(times),
+            "step_ms_median": step_ms(times, self.step.interval),
             "seconds": seconds,
         }
 
@@ -234,16 +243,26 @@ class Trainer:
             return {}
         return {**engine.collect(), "meta_fallback": engine.falling_back}
 
+    def _show_check(self, bar: "tqdm[Any]") -> None:
+        """Put the last comparison with the exact meta-gradient beside the progress bar."""
+        engine = self.step.engine
+        if isinstance(engine, ValidatedEngine) and engine.checks:
+            last = engine.checks[-1]
+            state = ", exact for now" if engine.falling_back else ""
+            bar.set_postfix_str(f"cosine to exact {last.cosine:.3f}, norm ratio {last.norm_ratio:.2f}{state}", refresh=False)
+
     def _batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
         train = (self.train_loader if current.phase.source == "train" else self.meta_loader).next_batch()
-        return train, None if self.method.advisor is None else self.meta_loader.next_batch()
+        return train, self.meta_loader.next_batch() if self.step.meta_is_due else None
 
-    def _set_lr(self, current: PhaseEpochs, index: int) -> None:
+    def set_lr(self, current: PhaseEpochs, index: int) -> None:
+        """Set the learning rate of the ``index``-th step of this epoch."""
         steps = len(self.train_loader)
         step, total = (self.epoch - current.start) * steps + index, (current.end - current.start) * steps
         self.step.optimizer.param_groups[0]["lr"] = current.phase.lr_factor * learning_rate(self.config, step, total)
 
-    def _test(self) -> Accuracy:
+    def test(self) -> Accuracy:
+        """Return the accuracy on the test set as of now."""
         return accuracy(
             self.model,
             self.test_images,
@@ -264,7 +283,8 @@ class Trainer:
             "optimizer": self.step.optimizer.state_dict(),
             "advisor": None if method is None else method.state_dict(),
             "advisor_optimizer": None if advisor is None else advisor.state_dict(),
-            "engine": self.step.engine.state_dict() if isinstance(self.step.engine, ValidatedEngine) else None,
+            "iteration": self.step.iteration,
+            "engine": self.step.engine.state_dict(),
             "train_loader": self.train_loader.state_dict(),
             "meta_loader": self.meta_loader.state_dict(),
             "random": checkpoint.random_states(),
@@ -286,8 +306,8 @@ class Trainer:
         if self.method.advisor is not None and self.step.advisor_optimizer is not None:
             checkpoint.load_model_state(self.method.advisor, state["advisor"], path)
             self.step.advisor_optimizer.load_state_dict(state["advisor_optimizer"])
-        if isinstance(self.step.engine, ValidatedEngine):
-            self.step.engine.load_state_dict(state["engine"])
+        self.step.iteration = state["iteration"]
+        self.step.engine.load_state_dict(state["engine"])
         self.train_loader.load_state_dict(state["train_loader"])
         self.meta_loader.load_state_dict(state["meta_loader"])
         self.epoch, self.history = state["epoch"], state["history"]
@@ -301,10 +321,10 @@ class Trainer:
 
     def meta_gradient(self) -> str | None:
         """Say how the meta-gradient is computed; None where the method needs none."""
-        if self.method.advisor is None:
+        if not self.method.learns:
             return None
-        cut = self.step.engine.cut
-        return "exact" if cut is None else f"top stages from {cut.entry}"
+        when = "" if self.step.interval == 1 else f"; every {self.step.interval} iterations"
+        return self.step.engine.describe() + when + ("; the advisor one step behind" if self.step.behind else "")
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds, all of it measured."""
@@ -316,3 +336,9 @@ class Trainer:
             "versions": environment(),
             "device": str(self.device),
         }
+
+
+def step_ms(times: list[float], interval: int) -> float | None:
+    """Return the median over groups of ``interval`` steps of a step's mean time: a meta step is in each of them."""
+    groups = [times[start : start + interval] for start in range(0, len(times), interval)]
+    return median([sum(group) / len(group) for group in groups if len(group) == interval] or times)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -10,7 +11,7 @@ from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.models.cifar_resnet import CifarResNet
-from fastadvisor.trainer import Trainer, train_config
+from fastadvisor.trainer import Trainer, step_ms, train_config
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
 TIMES = ("images_per_second", "step_ms_median", "seconds")
@@ -78,8 +79,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
         {"method": "mfrw-mes"},
         {"method": "finetune", "finetune_fraction": 0.5},
         {"virtual_step": "optimizer", "schedule": "step"},
+        {"method": "l2rw"},
+        {"approx_meta": True, "validate_meta_every": 2},
+        {"approx_meta": True, "approx_layers": "learned", "approx_budget": 2, "meta_interval": 1, "validate_meta_every": 3},
+        {"approx_meta": True, "approx_layers": "random", "approx_budget": 2, "virtual_gradient": "own"},
+        {"lean": True, "advisor_inputs": "attached"},
     ],
-    ids=["mfrw-mes", "finetune", "optimizer"],
+    ids=["mfrw-mes", "finetune", "optimizer", "l2rw", "approx", "learned", "random", "lean-attached"],
 )
 def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     whole = train_config(settings(tmp_path / "whole", epochs=4, **changes))
@@ -182,16 +188,41 @@ def test_labels_change_in_training_and_nowhere_else():
     assert torch.equal(batch.labels, data.labels[batch.ids])
 
 
-def test_approx_meta_starts_at_the_top_stage(capsys):
+def test_approx_meta_is_a_set_of_settings_and_each_can_be_had_alone(capsys):
     run = trainer(approx_meta=True)
-    assert run.step.engine.cut.entry == "layer3"
-    assert run.meta_gradient() == "top stages from layer3"
-    assert trainer().step.engine.cut is None
+    assert run.meta_gradient() == "all layers, tangents by differences; every 3 iterations; the advisor one step behind"
+    assert trainer().meta_gradient() == "exact"
+    assert trainer(meta_interval=4).meta_gradient() == "exact; every 4 iterations"
+    assert trainer(virtual_gradient="actual").meta_gradient() == "exact; the advisor one step behind"
+    top = trainer(approx_meta=True, approx_layers="top", approx_stages=2, approx_tangent="forward", meta_interval=1)
+    assert top.meta_gradient() == "through the layers from layer2 up; the advisor one step behind"
+    few = trainer(approx_meta=True, approx_layers="learned", approx_budget=2, virtual_gradient="own", meta_interval=1)
+    assert few.meta_gradient() == "through 2 of 4 layers, chosen by learned samplers"
+    assert trainer(method="ce").meta_gradient() is None
     assert capsys.readouterr().out == ""
 
 
+def test_mixed_precision_takes_no_differences():
+    assert trainer(approx_meta=True, amp=True).meta_gradient().startswith("exact;")
+    with pytest.raises(UserError, match="--no-amp"):
+        trainer(approx_meta=True, amp=True, approx_tangent="difference")
+
+
+def test_a_meta_step_every_third_iteration(monkeypatch):
+    run = trainer(meta_interval=3)
+    advisors, drawn = [], []
+    next_meta = run.meta_loader.next_batch
+    monkeypatch.setattr(run.meta_loader, "next_batch", lambda: drawn.append(1) or next_meta())
+    for _ in range(7):
+        result = run.step(*run._batches(run.phases[0]))
+        advisors.append(torch.cat([p.detach().flatten() for p in run.method.advisor.parameters()]))
+        assert (result.meta_loss is not None) == (len(advisors) % 3 == 1)
+    assert [not torch.equal(*pair) for pair in itertools.pairwise(advisors)] == [False, False, True] * 2
+    assert len(drawn) == 3
+
+
 def test_the_approximation_is_watched_and_the_figures_are_kept(tmp_path):
-    result = train_config(settings(tmp_path / "run", approx_meta=True, validate_meta_every=2))
+    result = train_config(settings(tmp_path / "run", approx_meta=True, meta_interval=1, validate_meta_every=2))
     for line in metrics(result.folder):
         assert -1 <= line["meta_cosine_min"] <= line["meta_cosine"] <= 1
         assert line["meta_norm_ratio"] > 0
@@ -211,16 +242,68 @@ def test_watching_alone_does_not_change_a_run(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_a_model_that_cannot_be_cut_says_so_and_runs_exactly(capsys):
-    run = trainer(approx_meta=True, approx_stages=9)
-    assert run.step.engine.cut is None
-    assert "exact" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "changes", [{"approx_layers": "top", "approx_stages": 9}, {"approx_layers": "random", "approx_budget": 4}]
+)
+def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsys):
+    run = trainer(approx_meta=True, **changes)
+    assert run.meta_gradient().startswith("all layers")
+    assert "layers" in capsys.readouterr().out
 
 
-def test_the_reference_engine_refuses_to_approximate():
-    assert trainer(meta_engine="reference").meta_gradient() == "exact"
-    with pytest.raises(UserError, match="always exact"):
-        trainer(meta_engine="reference", approx_meta=True)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meta_engine": "reference", "approx_meta": True}, "--meta-engine reference"),
+        ({"meta_engine": "reference", "lean": True}, "--meta-engine reference"),
+        ({"method": "l2rw", "meta_interval": 2}, "--meta-interval"),
+        ({"method": "l2rw", "virtual_gradient": "actual"}, "--virtual-gradient actual"),
+    ],
+)
+def test_settings_that_exclude_each_other(changes, message):
+    with pytest.raises(UserError, match=message):
+        trainer(**changes)
+
+
+def weights_after(steps, **changes):
+    run = trainer(**changes)
+    for _ in range(steps):
+        run.step(*run._batches(run.phases[0]))
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+def test_lean_changes_memory_and_not_the_weights():
+    assert torch.equal(weights_after(3), weights_after(3, lean=True))
+    attached = {"advisor_inputs": "attached"}
+    assert torch.equal(weights_after(3, **attached), weights_after(3, lean=True, **attached))
+    assert not torch.equal(weights_after(3), weights_after(3, **attached))
+
+
+def first_step(learns=True, **changes):
+    run = trainer(**changes)
+    if not learns:
+        run.method.learn = lambda *_: None
+    result = run.step(*run._batches(run.phases[0]))
+    advisor, model = (
+        torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+        for module in (run.method.advisor, run.model)
+    )
+    return float(result.meta_loss), advisor, model
+
+
+def test_one_step_behind_differs_from_algorithm_1_by_one_update_of_the_advisor():
+    meta_loss, advisor, model = first_step(virtual_gradient="actual")
+    expected_loss, expected_advisor, _ = first_step()
+    assert meta_loss == pytest.approx(expected_loss, rel=1e-6)
+    torch.testing.assert_close(advisor, expected_advisor, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model, first_step(learns=False)[2], rtol=1e-5, atol=1e-7)
+
+
+def test_the_time_of_a_step_is_an_average_over_meta_intervals():
+    times = [30.0, 10.0, 10.0, 30.0, 10.0, 10.0]
+    assert step_ms(times, 1) == 10.0
+    assert step_ms(times, 3) == pytest.approx(50 / 3)
+    assert step_ms(times[:2], 3) == 20.0
 
 
 def test_training_that_diverges_stops_with_a_sentence(tmp_path):

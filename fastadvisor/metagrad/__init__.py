@@ -1,18 +1,26 @@
 """The meta-gradient: how the advisor learns from what its advice did to the classifier. Derivation: README.md here."""
 
+from typing import NamedTuple
+
 from fastadvisor.config import MetaConfig
 from fastadvisor.errors import UserError
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, Precision, SharedForward, VirtualStep
-from fastadvisor.metagrad.forward import ForwardEngine
+from fastadvisor.metagrad.forward import ForwardEngine, Tangent
+from fastadvisor.metagrad.layerwise import GradientSamplers, LayerwiseEngine, LearnedLayers
 from fastadvisor.metagrad.reference import ReferenceEngine
 from fastadvisor.metagrad.validated import ValidatedEngine
-from fastadvisor.models import Cut
+from fastadvisor.methods import Method
+from fastadvisor.models import SplitClassifier, cut_at, layers_of
 
 __all__ = [
     "Engine",
     "ForwardEngine",
+    "GradientSamplers",
+    "LayerwiseEngine",
+    "LearnedLayers",
     "MetaGradient",
     "MetaProblem",
+    "MetaSchedule",
     "Plan",
     "Precision",
     "ReferenceEngine",
@@ -20,21 +28,86 @@ __all__ = [
     "ValidatedEngine",
     "VirtualStep",
     "build_engine",
+    "meta_schedule",
 ]
 
+APPROX_INTERVAL = 3
+"""Iterations from one meta step to the next with --approx-meta: docs/results/approximation.md."""
 
-def build_engine(config: MetaConfig, precision: Precision, cut: Cut | None) -> Engine:
-    """Return the engine ``config`` asks for; ``cut`` is where an approximate one begins, None for an exact one.
+
+class MetaSchedule(NamedTuple):
+    """When a meta step is taken, and after what."""
+
+    interval: int
+    """Every so many iterations."""
+    behind: bool
+    """After the actual step's gradient, with the advisor one step behind."""
+
+
+def meta_schedule(config: MetaConfig, method: type[Method]) -> MetaSchedule:
+    """Return when ``config`` takes meta steps of ``method``.
 
     Raises:
-        UserError: an approximation by the reference engine, which is exact by definition.
+        UserError: a schedule that the method has no advisor to bridge with.
+    """
+    approximate = config.approx_meta and not method.of_one_batch
+    interval = config.meta_interval or (APPROX_INTERVAL if approximate else 1)
+    behind = config.virtual_gradient == "actual" or (config.virtual_gradient == "auto" and approximate)
+    if method.of_one_batch and (interval > 1 or behind):
+        flag = "--meta-interval" if interval > 1 else "--virtual-gradient actual"
+        raise UserError(
+            f"{flag}: this method weighs every batch by a meta step of its own, and has no advisor to keep; drop it."
+        )
+    return MetaSchedule(interval, behind)
+
+
+def build_engine(
+    config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], precision: Precision, *, amp: bool = False
+) -> Engine:
+    """Return the engine ``config`` asks for.
+
+    Args:
+        config: the meta-gradient's settings.
+        model: the classifier, on its device.
+        image_shape: (height, width) of its images, to try where it can be cut.
+        precision: of forward passes.
+        amp: whether that is less than float32.
+
+    Raises:
+        UserError: settings that exclude each other.
     """
     if config.meta_engine == "reference":
-        if config.approx_meta:
-            raise UserError("--meta-engine reference is always exact; drop it, or add --no-approx-meta.")
+        for flag, asked in (("--approx-meta", config.approx_meta), ("--lean", config.lean)):
+            if asked:
+                raise UserError(f"{flag} is of the forward engine; drop it or --meta-engine reference.")
         return ReferenceEngine(precision)
-    if cut is None or not config.validate_meta_every:
-        return ForwardEngine(precision, cut)
-    return ValidatedEngine(
-        ForwardEngine(precision, cut), ForwardEngine(precision), config.validate_meta_every, config.min_meta_cosine
-    )
+    if not config.approx_meta:
+        return ForwardEngine(precision)
+    approximate = _approximate(config, model, image_shape, precision, amp)
+    if not config.validate_meta_every or approximate == ForwardEngine(precision):
+        return approximate
+    return ValidatedEngine(approximate, ForwardEngine(precision), config.validate_meta_every, config.min_meta_cosine)
+
+
+def _approximate(
+    config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], precision: Precision, amp: bool
+) -> Engine:
+    if config.approx_tangent == "difference" and amp:
+        raise UserError("--approx-tangent difference needs float32: add --no-amp, or take forward.")
+    tangent: Tangent = "forward" if config.approx_tangent == "forward" or amp else "difference"
+    if config.approx_layers == "all":
+        return ForwardEngine(precision, tangent=tangent)
+    layers = layers_of(model, image_shape)
+    if config.approx_layers == "top":
+        cut = cut_at(model, image_shape, config.approx_stages)
+        if cut is None:
+            print(f"{model.name} cannot be cut below its top {config.approx_stages} stages: all layers count.")
+        return ForwardEngine(precision, cut, tangent=tangent)
+    if len(layers) <= config.approx_budget:
+        print(f"{model.name} has no more than {len(layers)} layers that can be told apart: all of them count.")
+        return ForwardEngine(precision, tangent=tangent)
+    learned = None
+    if config.approx_layers == "learned":
+        samplers = GradientSamplers(len(layers)).to(model.head.weight.device)
+        learned = LearnedLayers(samplers, config.approx_budget)
+    return LayerwiseEngine(ForwardEngine(precision, tangent=tangent), model, layers, config.approx_budget, learned)

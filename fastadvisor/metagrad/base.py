@@ -3,10 +3,11 @@
 Shapes: B train batch, D features. Symbols are those of README.md in this folder.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,8 @@ class MetaProblem:
     step: VirtualStep
     attached: bool = False
     """Whether the advice has a graph to the features and the loss it was given, and moves with them."""
+    stepped: bool = False
+    """Whether the virtual weights are the actual step's, of all layers, and the graph has been used up by it."""
 
     def training_advice(self) -> Advice:
         """Return the advice as the training loss takes it when its gradient for the classifier is wanted."""
@@ -124,22 +127,28 @@ class MetaGradient(NamedTuple):
     """∇θ Lmeta, in the order of the advisor's parameters."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """The signature of every way to the meta-gradient."""
 
-    @property
-    def cut(self) -> Cut | None:
-        """Where the part of the backbone that counts begins; None: all of it."""
-        ...
-
+    @abstractmethod
     def plan(self) -> Plan:
-        """Say, before the shared forward pass, what it is to keep."""
-        ...
+        """Say, before the shared forward pass of an iteration with a meta step, what it is to keep."""
 
+    @abstractmethod
     def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
-        """Return the virtual weights w' by parameter name."""
-        ...
+        """Return the virtual weights w' by parameter name: of all layers that count."""
 
+    @abstractmethod
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
-        """Return Lmeta at the virtual weights and its gradient for the advisor."""
-        ...
+        """Return Lmeta at the virtual weights, which may be more than count, and its gradient for the advisor."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Say in a few words how it is computed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on as if nothing had happened."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have no state)
+        """Continue from ``state``."""

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Plan, Precision, SharedForward
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, Precision, SharedForward
 from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice, Dual, HeadTangent, loss_tangent
 from fastadvisor.models import Cut, SplitClassifier
@@ -26,13 +26,15 @@ from fastadvisor.models import Cut, SplitClassifier
 # torch scripts some of its own forward-mode formulas on first use, and tells the user that scripting is deprecated.
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning)
 
+Tangent = Literal["forward", "difference"]
+
 DIFFERENCE_STEP = 1e-4
 """Length of a finite difference, over the length of the weights. In float32 on a ResNet-32, longer ones cross more kinks of
 the rectifiers and shorter ones drown in rounding: docs/results/approximation.md."""
 
 
 @dataclass
-class ForwardEngine:
+class ForwardEngine(Engine):
     """Forward over reverse. Exact as it stands; with ``cut`` or ``only``, all other layers count as constants."""
 
     precision: Precision
@@ -40,8 +42,13 @@ class ForwardEngine:
     """Nothing below it counts."""
     only: tuple[str, ...] | None = None
     """Modules that count, above the cut, next to the head; None: all."""
-    tangent: Literal["forward", "difference"] = "forward"
+    tangent: Tangent = "forward"
     """ḟ by a forward-mode pass, or as (f(w + ε g) − f(w)) / ε: one plain forward pass, near enough in float32."""
+
+    def describe(self) -> str:
+        """Say how."""
+        part = "exact" if self.cut is None else f"through the layers from {self.cut.entry} up"
+        return part if self.tangent == "forward" else f"{part}, tangents by differences".replace("exact", "all layers")
 
     def plan(self) -> Plan:
         """Ask for the activation at the cut, and for the outputs the tangent pass would compute again."""

@@ -7,16 +7,20 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import MetaGradient, MetaProblem, Plan, Precision
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, Precision
 from fastadvisor.models import Cut
 
 
 @dataclass
-class ReferenceEngine:
+class ReferenceEngine(Engine):
     """∇θ Lmeta(w − α ∇w L(w; θ)), literally."""
 
     precision: Precision
     cut: Cut | None = None
+
+    def describe(self) -> str:
+        """Say how."""
+        return "exact, by double backward"
 
     def plan(self) -> Plan:
         """Ask for nothing: the graph holds all."""

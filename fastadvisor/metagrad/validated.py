@@ -12,7 +12,6 @@ import torch
 
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
-from fastadvisor.models import Cut
 from fastadvisor.runtime.random_state import RandomState
 
 
@@ -25,7 +24,7 @@ class Check(NamedTuple):
 
 
 @dataclass
-class ValidatedEngine:
+class ValidatedEngine(Engine):
     """An approximate engine, watched by an exact one. One more :class:`Engine` to the step.
 
     A check reads two numbers from the device, so it waits for it: once in ``every`` meta steps.
@@ -45,10 +44,9 @@ class ValidatedEngine:
     checks: list[Check] = field(default_factory=list)
     """Since :meth:`collect`."""
 
-    @property
-    def cut(self) -> Cut | None:
-        """Of the approximation: the step records what crosses it even while falling back."""
-        return self.approximate.cut
+    def describe(self) -> str:
+        """Say how, of the approximation."""
+        return self.approximate.describe()
 
     def plan(self) -> Plan:
         """Ask for what the approximation needs: the exact engine can do without."""
@@ -68,7 +66,7 @@ class ValidatedEngine:
             return mine
         other = self.approximate if self.falling_back else self.exact
         with begun.replayed():  # the same units dropped in the meta pass, and the run's own stream left alone
-            theirs = other.meta_gradient(problem, other.virtual_train(problem), meta)
+            theirs = other.meta_gradient(problem, virtual if problem.stepped else other.virtual_train(problem), meta)
         approximate, exact = (theirs, mine) if self.falling_back else (mine, theirs)
         self._judge(approximate, exact)
         return exact if self.falling_back else approximate
@@ -86,11 +84,13 @@ class ValidatedEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to decide the same."""
-        return {"meta_steps": self.meta_steps, "falling_back": self.falling_back, "warned": self.warned}
+        own = {"meta_steps": self.meta_steps, "falling_back": self.falling_back, "warned": self.warned}
+        return {**own, "approximate": self.approximate.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self.meta_steps, self.falling_back, self.warned = state["meta_steps"], state["falling_back"], state["warned"]
+        self.approximate.load_state_dict(state["approximate"])
 
     def _in_charge(self) -> Engine:
         return self.exact if self.falling_back else self.approximate

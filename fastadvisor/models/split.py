@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadvisor.errors import UserError
-from fastadvisor.models.stages import Cut, find_cut
+from fastadvisor.models.stages import Cut, Layer, find_cut, layers
 from fastadvisor.runtime.random_state import RandomState
 
 
@@ -206,8 +206,23 @@ def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
 def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) -> Cut | None:
     """Return the cut below the top ``stages`` stages, checked on a dummy batch; None where the model is no chain there."""
     cut = find_cut(whole.model, whole.head_name, stages)
-    if cut is None:
-        return None
+    return cut if cut is not None and _holds(whole, image_shape, cut) else None
+
+
+def layers_of(whole: SplitClassifier, image_shape: tuple[int, int]) -> list[Layer]:
+    """Return the backbone as layers, bottom first, every cut checked on a dummy batch: where the model cannot be cut, two
+    layers are one. A single layer: no chain at all.
+    """
+    found: list[Layer] = []
+    for layer in layers(whole.model, whole.head_name):
+        if found and not _holds(whole, image_shape, layer.cut):
+            found[-1] = Layer((*found[-1].modules, *layer.modules), found[-1].cut)
+        else:
+            found.append(layer)
+    return found
+
+
+def _holds(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None) -> bool:
     weight = whole.head.weight
     images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     training = whole.training
@@ -216,8 +231,8 @@ def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) ->
         with torch.no_grad():
             expected = whole(images, features=True)
             features = whole(whole(images, until=cut), start=cut, features=True)
-        return cut if torch.allclose(features, expected, rtol=1e-4, atol=1e-5) else None
+        return torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-        return None  # not a chain: what the model does before the cut fails on the activation
+        return False  # not a chain: what the model does before the cut fails on the activation
     finally:
         whole.train(training)

@@ -50,3 +50,36 @@ def find_cut(model: nn.Module, head: str, stages: int) -> Cut | None:
         return None
     entry = positions[-stages]
     return Cut(links[entry], tuple(links[:entry]))
+
+
+class Layer(NamedTuple):
+    """A piece of the chain that an approximation may count or leave out: a residual block of a ResNet, its stem."""
+
+    modules: tuple[str, ...]
+    cut: Cut | None
+    """Right below it; None for the lowest."""
+
+
+def layers(model: nn.Module, head: str) -> list[Layer]:
+    """Return the chain as layers, bottom first, without the head: stages opened into their blocks, and modules without
+    a weight matrix (normalisations, activations, pooling) put to the layer before them.
+
+    Whether the modules really form a chain only a run can tell: see ``split.layers_of``.
+    """
+    links: list[str] = []
+    for link in chain(model, head):
+        module = model.get_submodule(link)
+        opened = isinstance(module, nn.Sequential) and len(module) > 1
+        links += [f"{link}.{inner}" for inner, _ in module.named_children()] if opened else [link]
+    pieces: list[list[str]] = [[]]
+    begun = False  # whether the last piece has a weight matrix
+    for link in links:
+        weighty = any(parameter.dim() > 1 for parameter in model.get_submodule(link).parameters())
+        if weighty and begun:
+            pieces.append([])
+        pieces[-1].append(link)
+        begun = begun or weighty
+    below = [[link for piece in pieces[:index] for link in piece] for index in range(len(pieces))]
+    return [
+        Layer(tuple(piece), Cut(piece[0], tuple(under)) if under else None) for piece, under in zip(pieces, below, strict=True)
+    ]

@@ -10,7 +10,6 @@ from torch import nn
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import VirtualStep
 from fastadvisor.methods import Method, build_method
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet

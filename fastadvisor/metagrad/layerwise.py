@@ -1,0 +1,202 @@
+"""The meta-gradient through some layers only, chosen anew at every meta step (FaMUS, Xu et al. 2021, in this algebra).
+
+The meta-gradient is a sum over layers, and a few of them may do. With a set of active layers gb is zero elsewhere: the tangent
+pass starts at the lowest active layer, and the virtual and the meta backward stop there. Which layers: K at random, or by
+*gradient samplers*, one a layer, r_l = GumbelSoftmax(FC(PReLU(FC(pool(ḡ_l))))) ∈ {0, 1}, that learn from
+
+    Lmeta(w'(r)) + λ1 (Σ_l r_l − K)² + λ2 ‖pool(ḡ_L of the training loss) − pool(ḡ_L of the meta loss)‖²
+    w'_l(r) = w_l − α r_l ∇_l L
+
+over *all* samplers, by straight-through gradients; the first term's is ∂Lmeta/∂r_l = ⟨g_l, w'_l − w_l⟩, an inner product of
+what is there anyway. L is the head. Fixed top layers need none of this: ``ForwardEngine(cut=…)``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool1d, gumbel_softmax
+
+from fastadvisor.data.types import Batch
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
+from fastadvisor.metagrad.forward import ForwardEngine
+from fastadvisor.models import Layer, SplitClassifier
+
+POOLED = 64
+"""Values a layer's gradient is pooled to."""
+
+
+class GradientSamplers(nn.Module):
+    """Two linear layers with PReLU between them for each of L layers: pooled gradients (L, 64) to decisions (L,).
+
+    Args:
+        layers: L.
+        hidden: width between the two linear layers (FaMUS: 128).
+        temperature: of the Gumbel softmax (FaMUS: 5).
+    """
+
+    def __init__(self, layers: int, hidden: int = 128, temperature: float = 5.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        each = [nn.Sequential(nn.Linear(POOLED, hidden), nn.PReLU(), nn.Linear(hidden, 2)) for _ in range(layers)]
+        self.each = nn.ModuleList(each)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return r (L,) of {0, 1}, with straight-through gradients."""
+        logits = torch.stack([sampler(row) for sampler, row in zip(self.each, pooled, strict=True)])
+        return gumbel_softmax(logits, self.temperature, hard=True)[:, 1]
+
+
+@dataclass
+class LearnedLayers:
+    """Gradient samplers, and what they learn from."""
+
+    samplers: GradientSamplers
+    budget: int
+    """K, the number of layers that should be active."""
+    lr: float = 0.1
+    """Of the samplers' SGD (FaMUS: 0.1; 0.01 for long tails)."""
+    budget_weight: float = 0.1
+    """λ1."""
+    matching_weight: float = 0.1
+    """λ2; at 0 the meta step saves a backward pass."""
+    decisions: Tensor | None = None
+    """r of this meta step, with its graph to the samplers."""
+
+    def choose(self, pooled: Tensor) -> list[bool]:
+        """Decide on this meta step's layers. Reads L numbers from the device."""
+        self.decisions = self.samplers(pooled)
+        return [bool(value) for value in self.decisions.tolist()]
+
+    def learn(self, effects: Tensor) -> None:
+        """Take a step of SGD; ``effects`` (L,) are the derivatives of the first and last term for r, 0 where unknown."""
+        assert self.decisions is not None
+        loss = (self.decisions * effects).sum() + self.budget_weight * (self.decisions.sum() - self.budget) ** 2
+        parameters = list(self.samplers.parameters())
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.sub_(self.lr * gradient)
+        self.decisions = None
+
+
+@dataclass
+class LayerwiseEngine(Engine):
+    """A :class:`ForwardEngine` through the layers chosen at each meta step; the head always counts, at no cost."""
+
+    forward: ForwardEngine
+    model: SplitClassifier
+    layers: list[Layer]
+    """Bottom first, without the head."""
+    budget: int
+    """K."""
+    learned: LearnedLayers | None = None
+    """None: K layers at random."""
+    active: list[bool] = field(default_factory=list)
+    """Of this meta step."""
+    remembered: tuple[Tensor, Tensor] | None = None
+    """Pooled gradients (L, 64) and the head's gradient of the training loss, as of the last checkpoint."""
+
+    def describe(self) -> str:
+        """Say how."""
+        way = "at random" if self.learned is None else "by learned samplers"
+        return f"through {self.budget} of {len(self.layers)} layers, chosen {way}"
+
+    def plan(self) -> Plan:
+        """Choose the layers, and ask for the activation under the lowest."""
+        if self.learned is None:
+            chosen = set(torch.randperm(len(self.layers))[: self.budget].tolist())
+            self.active = [index in chosen for index in range(len(self.layers))]
+        else:
+            self.active = self.learned.choose(self._training_gradients()[0])
+        if not any(self.active):
+            self.active[-1] = True  # without any there would be no way to the features
+        self.forward.cut = self.layers[self.active.index(True)].cut
+        self.forward.only = tuple(
+            name for layer, active in zip(self.layers, self.active, strict=True) if active for name in layer.modules
+        )
+        return self.forward.plan()
+
+    def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
+        """Return w' of the active layers."""
+        return self.forward.virtual_train(problem)
+
+    def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
+        """Return Lmeta(w') and its gradient through the active layers; the samplers learn from it."""
+        loss, weights = self.forward.meta_loss(problem.model, virtual, meta)
+        pull = self._pull(loss, weights) if self.learned is not None and self.learned.matching_weight else None
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+        gradient = dict(zip(weights, gradients, strict=True))
+        if self.learned is not None and self.learned.decisions is not None:
+            self.learned.learn(self._effects(gradient, pull, virtual))
+        return MetaGradient(loss.detach(), self.forward.to_advisor(problem, gradient))
+
+    def _pull(self, loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return λ2 times the gradient of the matching loss: a backward through the head's gradient."""
+        assert self.learned is not None
+        head, _ = self.model.head_parameter_names()
+        _, of_training = self._training_gradients()
+        (of_meta,) = torch.autograd.grad(loss, weights[head], create_graph=True)
+        mismatch = (pooled(of_training) - pooled(of_meta)).square().sum()
+        pull = torch.autograd.grad(
+            self.learned.matching_weight * mismatch,
+            list(weights.values()),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return dict(zip(weights, pull, strict=True))
+
+    def _effects(self, gradient: dict[str, Tensor], pull: dict[str, Tensor] | None, virtual: dict[str, Tensor]) -> Tensor:
+        """Return (L,) ⟨g_l + λ2 …, w'_l − w_l⟩, the derivative for r_l; 0 for inactive layers, whose g_l nobody computes."""
+        parameters = dict(self.model.named_parameters())
+        effects = torch.zeros(len(self.layers), device=self.model.head.weight.device)
+        for index, layer in enumerate(self.layers):
+            prefixes = tuple(f"model.{name}." for name in layer.modules)
+            for name in gradient:
+                if name.startswith(prefixes):
+                    force = gradient[name] if pull is None else gradient[name] + pull[name]
+                    effects[index] += (force * (virtual[name] - parameters[name].detach())).sum()
+        return effects
+
+    def _training_gradients(self) -> tuple[Tensor, Tensor]:
+        """Return pooled gradients of all layers (L, 64), in units of their root mean square, and the head's gradient: of the
+        last actual step (with the advisor one step behind, of this one by the time of the meta-gradient).
+        """
+        head = self.model.head.weight
+        if head.grad is None:  # before the first actual step of a run, or of a part of it
+            zeros = torch.zeros(len(self.layers), POOLED, device=head.device)
+            return self.remembered or (zeros, torch.zeros_like(head))
+        rows = []
+        for layer in self.layers:
+            prefixes = tuple(f"model.{name}." for name in layer.modules)
+            parts = [
+                p.grad.flatten() for n, p in self.model.named_parameters() if n.startswith(prefixes) and p.grad is not None
+            ]
+            rows.append(pooled(torch.cat(parts)) if parts else torch.zeros(POOLED, device=head.device))
+        stacked = torch.stack(rows)
+        return stacked / stacked.square().mean().sqrt().clamp_min(torch.finfo(stacked.dtype).tiny), head.grad
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samplers and the gradients they will decide by."""
+        if self.learned is None:
+            return {}
+        pooled_gradients, of_head = self._training_gradients()
+        return {
+            "samplers": self.learned.samplers.state_dict(),
+            "pooled_gradients": pooled_gradients.clone(),
+            "head_gradient": of_head.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        if self.learned is not None:
+            self.learned.samplers.load_state_dict(state["samplers"])
+            device = self.model.head.weight.device
+            self.remembered = (state["pooled_gradients"].to(device), state["head_gradient"].to(device))
+
+
+def pooled(gradient: Tensor) -> Tensor:
+    """Return (64,) averages over equal stretches of a flattened gradient."""
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return adaptive_avg_pool1d(wide.reshape(1, 1, -1), POOLED).flatten()
