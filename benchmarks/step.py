@@ -1,116 +1,81 @@
 """What a training step costs with each way to the meta-gradient, beside plain cross-entropy.
 
-    python -m benchmarks.step [--model resnet32] [--batch-size 128] [--amp] [--json FILE]
+    python -m benchmarks.step [--model resnet32] [--batch-size 128] [--json FILE] [--markdown FILE]
 
-One process, the contenders in turn, medians. Before anything is timed the exact engine is held against double backward in
-float64 on the same network; if they differ no ratio is printed.
+One process, the contenders in turn, medians. Before anything is timed each contender's meta-gradient is held against double
+backward in float64 on the same network; one that is off is not timed. Peak memory is measured in processes of their own.
+On a GPU without ``--amp`` or ``--no-amp``, float32 and bfloat16 autocast are both measured.
 """
 
 import argparse
+import gc
 import json
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastadvisor.config import MethodConfig, ModelConfig
-from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import Engine, ForwardEngine, MetaGradient, MetaProblem, ReferenceEngine, VirtualStep
-from fastadvisor.methods import build_method
-from fastadvisor.models import build_model, cut_at
+from benchmarks import checks, peak_memory
+from benchmarks.contenders import CONTENDERS, Setting, Unavailable, batches, chosen, iterate
+from benchmarks.tables import about, command, report, suffixes_of
 from fastadvisor.runtime.allocator import keep_freed_memory
-from fastadvisor.runtime.environment import environment
-from fastadvisor.runtime.precision import autocast, pick_device
-from fastadvisor.step import Step
-
-SIDE, CLASSES = 32, 10
-CONTENDERS = ("plain", "double_backward", "exact", "approx")
-METHOD = "mfrw-mes"
-LIMIT = 1e-10
+from fastadvisor.runtime.precision import pick_device
 
 
-def batches(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Batch, Batch]:
-    """Return a train and a meta batch of random images."""
-    generator = torch.Generator().manual_seed(0)
+@dataclass
+class Cycle:
+    """What is timed together: ``iterations`` calls of ``run``."""
 
-    def one() -> Batch:
-        images = torch.randn(size, 3, SIDE, SIDE, generator=generator, dtype=dtype)
-        labels = torch.randint(CLASSES, (size,), generator=generator)
-        return Batch(images.to(device), labels.to(device), torch.arange(size, device=device))
-
-    return one(), one()
+    run: Callable[[], object]
+    iterations: int = 1
 
 
-def make_step(name: str, model_name: str, device: torch.device, amp: bool, dtype: torch.dtype = torch.float32) -> Step:
-    """Build the step of one contender, with weights that are the same for all of them."""
-    torch.manual_seed(0)
-    model = build_model(ModelConfig(model_name), CLASSES, (SIDE, SIDE)).to(device, dtype)
-    config = MethodConfig(method="ce" if name == "plain" else METHOD)
-    method = build_method(config, model.head.in_features, CLASSES)
-    advisor_optimizer = None
-    if method.advisor is not None:
-        method.advisor.to(device, dtype)
-        advisor_optimizer = torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr)
+@dataclass
+class Plan:
+    """What to measure."""
 
-    def precision() -> torch.autocast:
-        return autocast(device, amp)
-
-    cut = cut_at(model, (SIDE, SIDE), 1) if name == "approx" else None
-    engine: Engine = ReferenceEngine(precision) if name == "double_backward" else ForwardEngine(precision, cut)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    return Step(model, method, optimizer, advisor_optimizer, engine, precision)
+    model: str = "resnet32"
+    batch_size: int = 128
+    rounds: int = 7
+    amps: Sequence[bool] = (False,)
+    """Precisions in turn: False float32, True bfloat16 autocast."""
+    keep_memory: bool = True
+    """CPU: keep freed memory in the process while timing, as a training run does."""
+    memory_batch_size: int | None = 256
+    """None: no memory."""
+    only: str | None = None
+    check_batch_size: int = 16
 
 
-def meta_gradient(engine: Engine, step: Step, train: Batch, meta: Batch) -> MetaGradient:
-    """Return the meta-gradient of ``engine`` from a fixed random state."""
-    step.engine = engine
-    torch.manual_seed(1)
-    shared = step.loss_pre_calculation(train)
-    advice = step.method.advise(shared.features.detach(), shared.loss_pre, train.labels, shared.draw)
-    problem = MetaProblem(step.model, step.method, shared, advice, VirtualStep(0.1))
-    return engine.meta_gradient(problem, engine.virtual_train(problem), meta)
-
-
-def correctness(model_name: str, device: torch.device) -> dict[str, float]:
-    """Hold the engines against double backward in float64, on a batch of 16.
-
-    Returns:
-        ``exact_error``: relative error of the exact engine; ``approx_cosine``: cosine of the approximate gradient to the
-        exact one, at random weights.
-    """
-    step = make_step("exact", model_name, device, amp=False, dtype=torch.float64)
-    train, meta = batches(16, device, torch.float64)
-    engines: dict[str, Engine] = {
-        "expected": ReferenceEngine(step.precision),
-        "exact": ForwardEngine(step.precision),
-        "approx": ForwardEngine(step.precision, cut_at(step.model, (SIDE, SIDE), 1)),
-    }
-    flat: dict[str, Tensor] = {}
-    for name, engine in engines.items():
-        gradients = meta_gradient(engine, step, train, meta).gradients
-        flat[name] = torch.cat([gradient.flatten() for gradient in gradients])
-    error = float((flat["exact"] - flat["expected"]).norm() / flat["expected"].norm())
-    return {"exact_error": error, "approx_cosine": float(torch.cosine_similarity(flat["approx"], flat["expected"], dim=0))}
-
-
-def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Run the contenders in turn and return each one's median milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def interleaved(cycles: Mapping[str, Cycle], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Run the contenders in turn, ``rounds`` times after one to warm up; return each one's milliseconds an iteration."""
+    times: dict[str, list[float]] = {name: [] for name in cycles}
+    gc.collect()
+    gc.freeze()  # what is loaded so far: a collection that goes through it takes 170 ms
     for index in range(rounds + 1):
-        for name, run in steps.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if index:  # the first round warms up
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+        for name, cycle in cycles.items():
+            gc.collect()  # what one contender leaves in reference cycles is not cleared at the next one's expense
+            elapsed = timed(cycle, device)
+            if index:
+                times[name].append(elapsed)
+    gc.unfreeze()
+    return times
+
+
+def timed(cycle: Cycle, device: torch.device) -> float:
+    """Run one cycle and return its milliseconds an iteration."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(cycle.iterations):
+        cycle.run()
+    synchronize(device)
+    return 1000 * (time.perf_counter() - start) / cycle.iterations
 
 
 def synchronize(device: torch.device) -> None:
@@ -119,54 +84,117 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(
-    model_name: str, batch_size: int, rounds: int, amp: bool, device: torch.device, keep_memory: bool = True
-) -> dict[str, float]:
-    """Check, then time every contender; raises SystemExit if the check is red."""
-    checked = correctness(model_name, device)
-    if not checked["exact_error"] <= LIMIT:
-        raise SystemExit(f"The exact engine is off by {checked['exact_error']:.2e} (limit {LIMIT:.0e}): nothing is timed.")
-    if keep_memory and device.type == "cpu":
-        keep_freed_memory()  # as a training run does
-    train, meta = batches(batch_size, device)
-    steps = {name: make_step(name, model_name, device, amp) for name in CONTENDERS}
-    medians = interleaved({name: partial(step, train, meta) for name, step in steps.items()}, rounds, device)
-    return {**{f"{name}_ms": value for name, value in medians.items()}, **checked}
+def make_cycle(name: str, setting: Setting, batch_size: int) -> Cycle:
+    """Build the contender ``name`` and its batches."""
+    contender = CONTENDERS[name]
+    iteration = contender.build(setting)
+    train, meta = batches(batch_size, setting.device)
+    return Cycle(partial(iterate, contender, iteration, train, meta), contender.iterations_per_cycle)
 
 
-def table(result: dict[str, float], batch_size: int) -> str:
-    """Return the measurement as Markdown."""
-    rows = ["| step | ms | images/s | times plain |", "|---|---|---|---|"]
+def timings(names: Sequence[str], setting: Setting, plan: Plan, suffix: str) -> dict[str, Any]:
+    """Time ``names``; return median and quartiles by key, None for the contenders that are not among ``names``."""
+    cycles = {name: make_cycle(name, setting, plan.batch_size) for name in names}
+    times = interleaved(cycles, plan.rounds, setting.device)
+    result: dict[str, Any] = {}
     for name in CONTENDERS:
-        ms = result[f"{name}_ms"]
-        label = {"double_backward": "double backward, one shared forward"}.get(name, name)
-        rows.append(f"| {label} | {ms:.1f} | {1000 * batch_size / ms:,.0f} | {ms / result['plain_ms']:.2f} |")
-    rows.append(f"\nExact against double backward, float64: {result['exact_error']:.1e} relative. ")
-    rows.append(f"Cosine of the approximate gradient at random weights: {result['approx_cosine']:.3f}.")
-    return "\n".join(rows)
+        values = times.get(name)
+        result[f"{name}{suffix}_ms"] = statistics.median(values) if values else None
+        result[f"{name}{suffix}_ms_quartiles"] = quartiles(values) if values else None
+    return result
 
 
-def main() -> None:
-    """Measure and print; with ``--json``, write the figures too."""
+def quartiles(values: list[float]) -> list[float]:
+    """Return the first and the third quartile."""
+    if len(values) == 1:
+        return values * 2
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def memory(names: Sequence[str], setting: Setting, batch_size: int | None, left_out: dict[str, str]) -> dict[str, Any]:
+    """Measure peaks (MiB) in children; None, and a reason in ``left_out``, where one failed."""
+    result: dict[str, Any] = {f"{name}_peak{raw}_mb": None for name in CONTENDERS for raw in ("", "_raw")}
+    for name in names if batch_size else ():
+        assert batch_size is not None
+        try:
+            peak = peak_memory.peak_in_child(name, setting, batch_size)
+        except Unavailable as reason:
+            left_out[name] = str(reason)
+            continue
+        result |= {f"{name}_{key}": value for key, value in peak.items()}
+    return result
+
+
+def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Check, measure memory, then time every contender; raises SystemExit if the exact engine is off."""
+    checked = checks.correctness(chosen(plan.only), plan.model, device, plan.check_batch_size)
+    left_out, settings = dict(checked.left_out), [Setting(plan.model, device, amp) for amp in plan.amps]
+    result = memory(checked.green, settings[0], plan.memory_batch_size, left_out)
+    if plan.keep_memory and device.type == "cpu":
+        keep_freed_memory()  # as a training run does
+    precisions = ["bfloat16" if amp else "float32" for amp in plan.amps]
+    for setting, suffix in zip(settings, suffixes_of(precisions), strict=True):
+        result |= timings(checked.green, setting, plan, suffix)
+    if plan.amps[0]:  # bfloat16 alone: under both names
+        result |= {key.replace("_ms", "_amp_ms"): value for key, value in list(result.items()) if "_ms" in key}
+    for name in CONTENDERS:
+        result |= {f"{name}_error": checked.errors.get(name), f"{name}_cosine": checked.cosines.get(name)}
+    return {
+        **result,
+        "timed": checked.green,
+        "left_out": left_out,
+        "model": plan.model,
+        "batch_size": plan.batch_size,
+        "memory_batch_size": plan.memory_batch_size,
+        "rounds": plan.rounds,
+        "amp": plan.amps[0],
+        "precisions": precisions,
+        "device": device.type,
+        "keep_memory": plan.keep_memory,
+        "environment": about(),
+    }
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet32")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--amp", action="store_true")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast only, or float32 only")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-keep-memory", action="store_true", help="CPU: let the C library return freed memory")
+    parser.add_argument("--no-memory", action="store_true", help="no peak memory")
+    parser.add_argument("--memory-batch-size", type=int, default=256)
+    parser.add_argument("--only", help=f"names with commas between: {', '.join(CONTENDERS)}; plain is always among them")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--markdown", type=Path, help="write what is printed")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print; with ``--json`` and ``--markdown``, write too."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
     device = pick_device(options.device)
-    keep = not options.no_keep_memory
-    result = measure(options.model, options.batch_size, options.rounds, options.amp, device, keep)
-    about = environment()
-    print(f"python -m benchmarks.step {' '.join(sys.argv[1:])}".rstrip())
-    print(f"{METHOD}, {options.model}, batch and meta batch {options.batch_size}, {'bfloat16' if options.amp else 'float32'};")
-    print(f"{platform.machine()}, {about['device']}, {torch.get_num_threads()} threads, torch {about['torch']}\n")
-    print(table(result, options.batch_size))
+    both = options.amp is None and device.type == "cuda"
+    plan = Plan(
+        model=options.model,
+        batch_size=options.batch_size,
+        rounds=options.rounds,
+        amps=(False, True) if both else (bool(options.amp),),
+        keep_memory=not options.no_keep_memory,
+        memory_batch_size=None if options.no_memory else options.memory_batch_size,
+        only=options.only,
+    )
+    result = {**measure(plan, device), "command": command(arguments)}
+    text = report(result)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
     if options.json:
-        options.json.write_text(json.dumps({**result, "environment": about}, indent=2) + "\n")
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,213 @@
+"""How far each approximation is from the exact meta-gradient, through a real training.
+
+    python -m benchmarks.approximation --data-root DIR [--model resnet32] [--epochs 8] [--every 20] --json FILE
+    python -m benchmarks.approximation --draw FILE --png FILE
+
+DIR is an image folder (train/<class>, test/<class>). The run itself is exact; every so many iterations each approximation
+computes its gradient for the same batches and weights, and its cosine and relative error to the exact one are kept.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadvisor.config import Config, resolve
+from fastadvisor.data import load_source, prepare
+from fastadvisor.data.types import Batch
+from fastadvisor.metagrad import Engine, ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers
+from fastadvisor.metagrad import forward as forward_module
+from fastadvisor.models import Layer, cut_at, layers_of
+from fastadvisor.runtime.allocator import keep_freed_memory
+from fastadvisor.runtime.environment import environment
+from fastadvisor.runtime.precision import autocast, pick_device
+from fastadvisor.runtime.random_state import RandomState
+from fastadvisor.trainer import Trainer
+
+
+@dataclass
+class Candidate:
+    """One approximation."""
+
+    engine: Engine
+    meta_share: float = 1.0
+    """Part of the meta batch that it sees."""
+    own_virtual: bool = False
+    """Its virtual step moves only the layers that count, by a backward of its own; else all of them, as when the virtual
+    gradient is the actual one."""
+    difference_step: float | None = None
+
+
+def candidates(trainer: Trainer, shape: tuple[int, int]) -> dict[str, Candidate]:
+    """Return what is compared, by name."""
+    model, precision = trainer.model, trainer.precision
+    layers: list[Layer] = layers_of(model, shape)
+    found = {
+        "differences": Candidate(ForwardEngine(precision, tangent="difference")),
+        "differences, step 1e-5": Candidate(ForwardEngine(precision, tangent="difference"), difference_step=1e-5),
+        "bfloat16": Candidate(ForwardEngine(lambda: autocast(trainer.device, True))),
+        "half the meta batch": Candidate(ForwardEngine(precision), meta_share=0.5),
+        "top block": Candidate(ForwardEngine(precision, layers[-1].cut)),
+        "random 4": Candidate(LayerwiseEngine(ForwardEngine(precision), model, layers, 4)),
+        "random 8": Candidate(LayerwiseEngine(ForwardEngine(precision), model, layers, 8)),
+    }
+    for stages in (1, 2):
+        cut = cut_at(model, shape, stages)
+        if cut is not None:
+            name = "top stage" if stages == 1 else f"top {stages} stages"
+            found[name] = Candidate(ForwardEngine(precision, cut))
+            if stages == 1:
+                found[f"{name}, virtual step of its own"] = Candidate(ForwardEngine(precision, cut), own_virtual=True)
+    learned = LearnedLayers(GradientSamplers(len(layers)), 4)
+    found["learned 4"] = Candidate(LayerwiseEngine(ForwardEngine(precision), model, layers, 4, learned))
+    return found
+
+
+def probe(trainer: Trainer, compared: dict[str, Candidate], train: Batch, meta: Batch) -> dict[str, dict[str, float]]:
+    """Compute every gradient from the same weights, batches and random numbers; nothing of the run is touched."""
+    step, begun = trainer.step, RandomState.now(train.images.device)
+    draw = step.method.draw(train.labels)
+
+    def gradient(candidate: Candidate, virtual: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        posing = replace(step, engine=candidate.engine)
+        with begun.replayed(), trainer.model.frozen_statistics():
+            shared = posing.loss_pre_calculation(train)
+            shared.draw = draw
+            problem = posing.problem(shared)
+            if virtual is None:
+                virtual = candidate.engine.virtual_train(problem)
+            few = Batch(*(part[: round(candidate.meta_share * len(part))] for part in meta))
+            result = candidate.engine.meta_gradient(problem, virtual, few)
+        return torch.cat([part.flatten() for part in result.gradients]), virtual
+
+    with begun.replayed():
+        exact, virtual = gradient(Candidate(ForwardEngine(trainer.precision)), None)
+    found: dict[str, dict[str, float]] = {}
+    usual = forward_module.DIFFERENCE_STEP
+    for index, (name, candidate) in enumerate(compared.items()):
+        forward_module.DIFFERENCE_STEP = candidate.difference_step or usual
+        torch.manual_seed(index + 1000 * step.iteration)  # each chooses its own layers
+        got, _ = gradient(candidate, None if candidate.own_virtual else virtual)
+        cosine = torch.cosine_similarity(got, exact, dim=0)
+        found[name] = {"cosine": float(cosine), "error": float((got - exact).norm() / exact.norm())}
+    forward_module.DIFFERENCE_STEP = usual
+    return found
+
+
+def watch(config: Config, every: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Train exactly as ``config`` says and probe every so many iterations."""
+    device = pick_device(config.device)
+    keep_freed_memory()
+    data = prepare(load_source(config), config, config.seed)
+    trainer = Trainer(config, data, device)
+    compared = candidates(trainer, (data.images.shape[1], data.images.shape[2]))
+    records: list[dict[str, Any]] = []
+    steps = len(trainer.train_loader)
+    for epoch in range(config.epochs):
+        trainer.model.train()
+        for index in range(steps):
+            trainer.set_lr(trainer.phases[0], index)
+            train, meta = trainer.train_loader.next_batch(), trainer.meta_loader.next_batch()
+            if trainer.step.iteration % every == 0:
+                outside = RandomState.now(device)
+                found = probe(trainer, compared, train, meta)
+                torch.set_rng_state(outside.cpu)
+                records.append({"iteration": trainer.step.iteration, "epoch": epoch + index / steps, "engines": found})
+            trainer.step(train, meta)
+        trainer.epoch += 1
+        top1 = trainer.test().top1
+        records[-1]["test_top1"] = top1
+        cosines = {name: round(value["cosine"], 3) for name, value in records[-1]["engines"].items()}
+        say(f"epoch {trainer.epoch}: test {top1:.2f} %; cosines {cosines}")
+    return records
+
+
+def averages(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return mean and smallest cosine, and mean relative error, of each approximation."""
+    result = {}
+    for name in records[0]["engines"]:
+        cosines, errors = ([record["engines"][name][key] for record in records] for key in ("cosine", "error"))
+        result[name] = {"cosine": sum(cosines) / len(cosines), "smallest": min(cosines), "error": sum(errors) / len(errors)}
+    return result
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Return the averages as Markdown."""
+    rows = ["| approximation | mean cosine | smallest | mean relative error |", "|---|---|---|---|"]
+    for name, value in averages(records).items():
+        rows.append(f"| {name} | {value['cosine']:.3f} | {value['smallest']:.3f} | {value['error']:.3f} |")
+    return "\n".join(rows)
+
+
+def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw cosine and relative error over the epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 1, figsize=(9, 8), sharex=True, layout="constrained")
+    epochs = [record["epoch"] for record in records]
+    for name in records[0]["engines"]:
+        for axis, key in zip(axes, ("cosine", "error"), strict=True):
+            values = [record["engines"][name][key] for record in records]
+            # The points jump from batch to batch: a running median of five shows where they go.
+            middle = [statistics.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
+            axis.plot(epochs, middle, label=name, linewidth=1.4)
+    axes[0].set(ylabel="cosine to the exact meta-gradient", title=title)
+    axes[0].axhline(0.95, color="grey", linestyle=":", linewidth=1)
+    axes[0].legend(fontsize=7, ncols=2)
+    axes[1].set(xlabel="epoch", ylabel="relative error", yscale="log")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, or draw what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root")
+    parser.add_argument("--dataset", default="imagefolder")
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--method", default="mfrw-mes")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--imbalance-factor", type=float, default=10.0)
+    parser.add_argument("--noise-rate", type=float, default=0.4)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--draw", type=Path, help="an earlier --json: measure nothing")
+    parser.add_argument("--png", type=Path)
+    options = parser.parse_args()
+    if options.draw is not None:
+        result = json.loads(options.draw.read_text())
+    else:
+        names = ("data_root", "dataset", "model", "method", "epochs", "imbalance_factor", "device")
+        settings = {name: getattr(options, name) for name in names}
+        noise = {"noise": "flip" if options.noise_rate else "none", "noise_rate": options.noise_rate}
+        records = watch(resolve(Config, **settings, **noise), options.every)
+        settings["data_root"] = None
+        command = " ".join(["python -m benchmarks.approximation", *sys.argv[1:]])
+        if options.data_root is not None:
+            command = command.replace(options.data_root, "data")
+        about = {"settings": {**settings, **noise}, "command": command, "environment": environment()}
+        result = {**about, "averages": averages(records), "records": records}
+    print(table(result["records"]))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.png is not None:
+        set_up = result["settings"]
+        title = (
+            f"{set_up['method']}, {set_up['model']}, long tail {set_up['imbalance_factor']:g}, "
+            f"{100 * set_up['noise_rate']:g} % flips: a running median of five"
+        )
+        draw(result["records"], title, options.png)
+
+
+if __name__ == "__main__":
+    main()

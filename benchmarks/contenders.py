@@ -1,0 +1,214 @@
+"""The table of contenders: what each one is called, how it is built, and how exact it has to be.
+
+To add one, write a function ``Setting -> Iteration`` and give it a row in `CONTENDERS`; the check, the timing, the memory and
+the tables follow from the row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import torch
+
+from benchmarks.peers import Higher, Textbook, TorchOpt
+from fastadvisor.config import MethodConfig, ModelConfig
+from fastadvisor.data.types import Batch
+from fastadvisor.metagrad import Engine, ForwardEngine, Precision, ReferenceEngine
+from fastadvisor.methods import Method, build_method
+from fastadvisor.models import SplitClassifier, build_model, cut_at
+from fastadvisor.runtime.precision import autocast
+from fastadvisor.step import Step, StepResult
+
+SIDE, CLASSES = 32, 10
+METHOD = "mfrw-mes"
+EXACT_LIMIT, PEER_LIMIT = 1e-10, 1e-8
+"""Largest relative error of a meta-gradient in float64: of ours, and of what others compute."""
+
+
+class Unavailable(Exception):
+    """A contender cannot run here; the message is the reason, without the contender's name."""
+
+
+class Iteration(Protocol):
+    """One training iteration that leaves its meta-gradient in the ``grad`` of the advisor's parameters."""
+
+    method: Method
+
+    def __call__(self, train: Batch, meta: Batch | None) -> StepResult:
+        """Take one step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders share."""
+
+    model: str
+    device: torch.device
+    amp: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def precision(self) -> Precision:
+        """Return what makes the autocast context."""
+        return lambda: autocast(self.device, self.amp)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table."""
+
+    build: Callable[[Setting], Iteration]
+    label: str
+    limit: float | None = None
+    """Largest relative error against double backward in float64; None: an approximation, whose cosine is shown instead."""
+    needs: str | None = None
+    """A package of the extra ``peers``."""
+    iterations_per_cycle: int = 1
+    """k where a meta step comes every k-th iteration only: k iterations are timed together and divided by k."""
+    advised: bool = True
+    """False: no advisor, so nothing to check."""
+
+
+@dataclass
+class Parts:
+    """Model, method and optimizers, with weights that are the same for every contender."""
+
+    model: SplitClassifier
+    method: Method
+    optimizer: torch.optim.Optimizer
+    advisor_optimizer: torch.optim.Optimizer | None
+    precision: Precision
+
+    @classmethod
+    def of(cls, setting: Setting, method_name: str = METHOD) -> "Parts":
+        """Build them."""
+        torch.manual_seed(0)
+        model = build_model(ModelConfig(setting.model), CLASSES, (SIDE, SIDE)).to(setting.device, setting.dtype)
+        method = build_method(MethodConfig(method=method_name), model.head.in_features, CLASSES)
+        advisor_optimizer = None
+        if method.advisor is not None:
+            method.advisor.to(setting.device, setting.dtype)
+            advisor_optimizer = torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        return cls(model, method, optimizer, advisor_optimizer, setting.precision())
+
+    def step(self, engine: Engine) -> Step:
+        """Return our iteration with ``engine``."""
+        return Step(self.model, self.method, self.optimizer, self.advisor_optimizer, engine, self.precision)
+
+    def peer(self, kind: type[Textbook]) -> Textbook:
+        """Return an iteration written in the way of ``kind``."""
+        assert self.advisor_optimizer is not None
+        return kind(self.model, self.method, self.optimizer, self.advisor_optimizer, self.precision)
+
+
+def plain(setting: Setting) -> Step:
+    """Cross-entropy, no advisor."""
+    parts = Parts.of(setting, "ce")
+    return parts.step(ForwardEngine(parts.precision))
+
+
+def textbook(setting: Setting) -> Textbook:
+    """Three forward passes, double backward."""
+    return Parts.of(setting).peer(Textbook)
+
+
+def shared_double_backward(setting: Setting) -> Step:
+    """Our step with the reference engine."""
+    parts = Parts.of(setting)
+    return parts.step(ReferenceEngine(parts.precision))
+
+
+def higher(setting: Setting) -> Textbook:
+    """The virtual step by higher."""
+    return Parts.of(setting).peer(Higher)
+
+
+def torchopt(setting: Setting) -> Textbook:
+    """The virtual step by torchopt."""
+    return Parts.of(setting).peer(TorchOpt)
+
+
+def exact(setting: Setting) -> Step:
+    """Our step with the forward-mode engine."""
+    parts = Parts.of(setting)
+    return parts.step(ForwardEngine(parts.precision))
+
+
+def approx(setting: Setting) -> Step:
+    """What ``--approx-meta`` does by default: the top stage only."""
+    parts = Parts.of(setting)
+    cut = cut_at(parts.model, (SIDE, SIDE), 1)
+    if cut is None:
+        raise Unavailable(f"{setting.model} has no stages that can be cut")
+    return parts.step(ForwardEngine(parts.precision, cut))
+
+
+CONTENDERS: dict[str, Contender] = {
+    "plain": Contender(plain, "plain cross-entropy", advised=False),
+    "double_backward": Contender(textbook, "double backward, textbook (three forwards)", PEER_LIMIT),
+    "shared_double_backward": Contender(shared_double_backward, "double backward, one shared forward", EXACT_LIMIT),
+    "higher": Contender(higher, "higher", PEER_LIMIT, needs="higher"),
+    "torchopt": Contender(torchopt, "torchopt", PEER_LIMIT, needs="torchopt"),
+    "exact": Contender(exact, "exact (default)", EXACT_LIMIT),
+    "approx": Contender(approx, "`--approx-meta`"),
+}
+REFERENCE = "shared_double_backward"
+"""Whose meta-gradient the others are held against."""
+
+
+def iterate(contender: Contender, iteration: Iteration, train: Batch, meta: Batch) -> None:
+    """Take one iteration, with the meta batch where a meta step is due."""
+    due = contender.advised and getattr(iteration, "meta_is_due", True)  # others than our own take one every time
+    iteration(train, meta if due else None)
+
+
+def require(contender: Contender) -> None:
+    """Import what the contender needs.
+
+    Raises:
+        Unavailable: it is not installed, or does not import beside this torch.
+    """
+    if contender.needs is None:
+        return
+    try:
+        import_module(contender.needs)
+    except ModuleNotFoundError as error:
+        # Also a dependency of the package that is missing: the extra brings that too.
+        missing = "not installed" if error.name == contender.needs else f"{error.name} is not installed"
+        raise Unavailable(f"{missing}; pip install 'fastadvisor[peers]'") from None
+    except Exception as error:
+        raise Unavailable(incompatible(error)) from None
+
+
+def incompatible(error: Exception) -> str:
+    """Return the reason of a library that fails beside this torch, on one line."""
+    return f"does not work with torch {torch.__version__} ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
+
+
+def batches(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Batch, Batch]:
+    """Return a train and a meta batch of ``size`` random images (3, 32, 32)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def one() -> Batch:
+        images = torch.randn(size, 3, SIDE, SIDE, generator=generator, dtype=dtype)
+        labels = torch.randint(CLASSES, (size,), generator=generator)
+        return Batch(images.to(device), labels.to(device), torch.arange(size, device=device))
+
+    return one(), one()
+
+
+def chosen(only: str | None) -> list[str]:
+    """Return the names of ``--only``, in the table's order; plain always takes part, as ratios are over it.
+
+    Raises:
+        SystemExit: a name is not in the table.
+    """
+    if only is None:
+        return list(CONTENDERS)
+    names = {name.strip() for name in only.split(",")} | {"plain"}
+    unknown = sorted(names - set(CONTENDERS))
+    if unknown:
+        raise SystemExit(f"--only: there is no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}.")
+    return [name for name in CONTENDERS if name in names]
