@@ -12,11 +12,12 @@ from torch import Tensor
 from benchmarks.contenders import (
     CONTENDERS,
     REFERENCE,
-    Iteration,
+    Contender,
     Setting,
     Unavailable,
     batches,
     incompatible,
+    iterate,
     require,
 )
 
@@ -42,7 +43,7 @@ def correctness(names: Sequence[str], model: str, device: torch.device, batch: i
         SystemExit: the exact engine is off.
     """
     setting = Setting(model, device, dtype=torch.float64)
-    expected = first_gradient(CONTENDERS[REFERENCE].build(setting), setting, batch)
+    expected = first_gradient(CONTENDERS[REFERENCE], setting, batch)
     if expected is None:
         raise SystemExit("Double backward gives no meta-gradient: nothing can be checked, so nothing is timed.")
     checked = Checked()
@@ -50,7 +51,7 @@ def correctness(names: Sequence[str], model: str, device: torch.device, batch: i
         contender = CONTENDERS[name]
         try:
             require(contender)
-            gradient = first_gradient(contender.build(setting), setting, batch) if contender.advised else None
+            gradient = first_gradient(contender, setting, batch) if contender.advised else None
         except Unavailable as reason:
             checked.left_out[name] = str(reason)
             continue
@@ -79,11 +80,12 @@ def judge(name: str, checked: Checked) -> None:
     checked.left_out[name] = f"{fault}, so it is not timed"
 
 
-def first_gradient(iteration: Iteration, setting: Setting, batch: int) -> Tensor | None:
+def first_gradient(contender: Contender, setting: Setting, batch: int) -> Tensor | None:
     """Run the first iteration from a fixed random state; return its meta-gradient, flat, or None if it took no meta step."""
+    iteration = contender.build(setting)
     train, meta = batches(batch, setting.device, setting.dtype)
     torch.manual_seed(1)
-    iteration(train, meta)
+    iterate(contender, iteration, train, meta)
     assert iteration.method.advisor is not None
     gradients = [parameter.grad for parameter in iteration.method.advisor.parameters()]
     if all(gradient is None for gradient in gradients):

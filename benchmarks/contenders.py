@@ -7,16 +7,16 @@ the tables follow from the row.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.peers import Higher, Textbook, TorchOpt
-from fastadvisor.config import MethodConfig, ModelConfig
+from fastadvisor.config import MetaConfig, MethodConfig, ModelConfig
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import Engine, ForwardEngine, Precision, ReferenceEngine
-from fastadvisor.methods import Method, build_method
-from fastadvisor.models import SplitClassifier, build_model, cut_at
+from fastadvisor.metagrad import Engine, ForwardEngine, Precision, ReferenceEngine, build_engine, meta_schedule
+from fastadvisor.methods import METHODS, Method, build_method
+from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.runtime.precision import autocast
 from fastadvisor.step import Step, StepResult
 
@@ -66,6 +66,8 @@ class Contender:
     """A package of the extra ``peers``."""
     iterations_per_cycle: int = 1
     """k where a meta step comes every k-th iteration only: k iterations are timed together and divided by k."""
+    meta_share: float = 1.0
+    """Part of the meta batch it takes."""
     advised: bool = True
     """False: no advisor, so nothing to check."""
 
@@ -130,20 +132,24 @@ def torchopt(setting: Setting) -> Textbook:
     return Parts.of(setting).peer(TorchOpt)
 
 
-def exact(setting: Setting) -> Step:
-    """Our step with the forward-mode engine."""
-    parts = Parts.of(setting)
-    return parts.step(ForwardEngine(parts.precision))
+def ours(label: str, limit: float | None = None, meta_share: float = 1.0, **settings: Any) -> Contender:
+    """Return the contender that ``fastadvisor train`` runs with these settings of ``MetaConfig``."""
+    # Timed alone: what watching an approximation costs depends on how often it is asked for.
+    config = MetaConfig(**{"validate_meta_every": 0, **settings})
+    schedule = meta_schedule(config, METHODS[METHOD])
+
+    def build(setting: Setting) -> Step:
+        parts = Parts.of(setting)
+        step = parts.step(build_engine(config, parts.model, (SIDE, SIDE), parts.precision, amp=setting.amp))
+        step.interval, step.behind, step.lean = schedule.interval, schedule.behind, config.lean
+        step.attached = config.advisor_inputs == "attached"
+        return step
+
+    return Contender(build, label, limit, iterations_per_cycle=schedule.interval, meta_share=meta_share)
 
 
-def approx(setting: Setting) -> Step:
-    """What ``--approx-meta`` does by default: the top stage only."""
-    parts = Parts.of(setting)
-    cut = cut_at(parts.model, (SIDE, SIDE), 1)
-    if cut is None:
-        raise Unavailable(f"{setting.model} has no stages that can be cut")
-    return parts.step(ForwardEngine(parts.precision, cut))
-
+APPROX: dict[str, Any] = {"approx_meta": True, "meta_interval": 1, "virtual_gradient": "own", "approx_tangent": "forward"}
+"""--approx-meta with every knob turned off."""
 
 CONTENDERS: dict[str, Contender] = {
     "plain": Contender(plain, "plain cross-entropy", advised=False),
@@ -151,9 +157,29 @@ CONTENDERS: dict[str, Contender] = {
     "shared_double_backward": Contender(shared_double_backward, "double backward, one shared forward", EXACT_LIMIT),
     "higher": Contender(higher, "higher", PEER_LIMIT, needs="higher"),
     "torchopt": Contender(torchopt, "torchopt", PEER_LIMIT, needs="torchopt"),
-    "exact": Contender(exact, "exact (default)", EXACT_LIMIT),
-    "approx": Contender(approx, "`--approx-meta`"),
+    "exact": ours("exact (default)", EXACT_LIMIT),
+    "lean": ours("exact, `--lean`", EXACT_LIMIT, lean=True),
+    "attached": ours("exact, `--advisor-inputs attached`", advisor_inputs="attached"),
+    "approx": ours("`--approx-meta` (its default set)", approx_meta=True),
+    "behind": ours("one step behind", EXACT_LIMIT, virtual_gradient="actual"),
+    "interval2": ours("interval 2", EXACT_LIMIT, meta_interval=2),
+    "interval2_behind": ours("interval 2, one step behind", EXACT_LIMIT, meta_interval=2, virtual_gradient="actual"),
+    "half_meta": ours("half the meta batch", meta_share=0.5),
+    "difference": ours("differences (under autocast: the tangent pass)", **{**APPROX, "approx_tangent": "auto"}),
+    "top1": ours("top stage", **{**APPROX, "approx_layers": "top"}),
+    "top2": ours("top 2 stages", **{**APPROX, "approx_layers": "top", "approx_stages": 2}),
+    "random4": ours("random 4 of 16 layers", **{**APPROX, "approx_layers": "random"}),
+    "learned4": ours("learned 4 of 16 layers", **{**APPROX, "approx_layers": "learned"}),
+    "top1_all_knobs": ours("top stage, differences, one step behind", approx_meta=True, meta_interval=1, approx_layers="top"),
+    "top1_all_knobs2": ours(
+        "top stage, differences, one step behind, interval 2", approx_meta=True, meta_interval=2, approx_layers="top"
+    ),
+    "top1_all_knobs2_half": ours(
+        "the same with half the meta batch", meta_share=0.5, approx_meta=True, meta_interval=2, approx_layers="top"
+    ),
 }
+CORE = ("plain", "double_backward", "shared_double_backward", "higher", "torchopt", "exact", "lean", "approx")
+"""What is measured unless ``--only`` names others, or ``--only all``."""
 REFERENCE = "shared_double_backward"
 """Whose meta-gradient the others are held against."""
 
@@ -161,6 +187,8 @@ REFERENCE = "shared_double_backward"
 def iterate(contender: Contender, iteration: Iteration, train: Batch, meta: Batch) -> None:
     """Take one iteration, with the meta batch where a meta step is due."""
     due = contender.advised and getattr(iteration, "meta_is_due", True)  # others than our own take one every time
+    if contender.meta_share < 1:
+        meta = Batch(*(part[: round(contender.meta_share * len(part))] for part in meta))
     iteration(train, meta if due else None)
 
 
@@ -205,9 +233,9 @@ def chosen(only: str | None) -> list[str]:
     Raises:
         SystemExit: a name is not in the table.
     """
-    if only is None:
+    if only == "all":
         return list(CONTENDERS)
-    names = {name.strip() for name in only.split(",")} | {"plain"}
+    names = set(CORE) if only is None else {name.strip() for name in only.split(",")} | {"plain"}
     unknown = sorted(names - set(CONTENDERS))
     if unknown:
         raise SystemExit(f"--only: there is no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}.")

@@ -167,7 +167,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-keep-memory", action="store_true", help="CPU: let the C library return freed memory")
     parser.add_argument("--no-memory", action="store_true", help="no peak memory")
     parser.add_argument("--memory-batch-size", type=int, default=256)
-    parser.add_argument("--only", help=f"names with commas between: {', '.join(CONTENDERS)}; plain is always among them")
+    parser.add_argument(
+        "--only", help=f"names with commas between (plain is always among them), or all: {', '.join(CONTENDERS)}"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, help="write what is printed")
     return parser.parse_args(arguments)
