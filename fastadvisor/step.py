@@ -79,7 +79,7 @@ class Step:
         loss_pre = self._loss_pre(features, train)
         shared = SharedForward(train, features, loss_pre, self.method.draw(train.labels), start, at_cut, tape)
         if self.lean and with_meta_step and not self.behind:
-            shared.again = partial(self._run_again, shared, plan)
+            shared.again = partial(self._run_again, plan)  # not bound to it: a cycle would hold its tape until collected
         return shared
 
     def virtual_and_meta_train(self, shared: SharedForward, meta: Batch) -> Tensor:
@@ -146,7 +146,7 @@ class Step:
             logits = self.model.head(features)
             return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), train.labels, reduction="none")
 
-    def _run_again(self, shared: SharedForward, plan: Plan) -> None:
+    def _run_again(self, plan: Plan, shared: SharedForward) -> None:
         shared.tape = Tape() if plan.record and not self.model.compiled else None
         with shared.start.random_state.replayed(), self.model.frozen_statistics(), self.precision():
             shared.features, shared.at_cut = self._features(shared.batch, plan, shared.tape)

@@ -1,6 +1,8 @@
+import gc
 import itertools
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -277,6 +279,22 @@ def test_lean_changes_memory_and_not_the_weights():
     attached = {"advisor_inputs": "attached"}
     assert torch.equal(weights_after(3, **attached), weights_after(3, lean=True, **attached))
     assert not torch.equal(weights_after(3), weights_after(3, **attached))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lean": True}, {"virtual_gradient": "actual"}, {"approx_meta": True}])
+def test_a_step_leaves_nothing_for_the_collector(changes):
+    """A cycle would hold the graph of a step through the next one."""
+    run = trainer(**changes)
+    held = []
+    calculate = run.step.loss_pre_calculation
+    run.step.loss_pre_calculation = lambda *a, **k: held.append(weakref.ref(shared := calculate(*a, **k))) or shared
+    gc.collect()
+    gc.disable()
+    try:
+        run.step(*run._batches(run.phases[0]))
+    finally:
+        gc.enable()
+    assert held[0]() is None
 
 
 def first_step(learns=True, **changes):

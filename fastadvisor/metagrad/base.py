@@ -48,8 +48,8 @@ class SharedForward:
     """The same at the engine's cut, where it has one."""
     tape: Tape | None = None
     """Outputs of the pass, where the engine asked for them."""
-    again: Callable[[], None] | None = None
-    """Runs the pass a second time and puts its graph here: given where memory matters more than time (``--lean``)."""
+    again: Callable[["SharedForward"], None] | None = None
+    """Runs the pass a second time and puts its graph into what it is given: given where memory matters more than time (``--lean``)."""
     released: bool = False
     """Whether the graph has been let go."""
 
@@ -70,7 +70,7 @@ class SharedForward:
         """Have the graph again, if it was let go."""
         if self.released:
             assert self.again is not None
-            self.again()
+            self.again(self)
             self.released = False
 
 
