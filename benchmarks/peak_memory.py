@@ -6,8 +6,8 @@ Prints JSON: ``peak_mb``, what model, batches, optimizers and two cycles of the 
 ``peak_raw_mb``, the whole process. On a GPU both come from torch's allocator. On the CPU the peak is the resident set's, less
 the resident set right before model and batches were built; by then torch is imported and the same contender has run at a
 tiny size, so that libraries, thread pools and scripted formulas are not taken for the step's. In the child every tensor over
-64 KiB is a mapping of its own (``MALLOC_MMAP_THRESHOLD_``), so that the resident set is what is in use, as it is with an
-allocator's peak; glibc's own choice keeps holes that depend on what ran before (a plain step then takes 1.7 to 1.9 times as much).
+64 KiB is a mapping of its own (``MALLOC_MMAP_THRESHOLD_``), so that the resident set is what is in use, as an allocator's peak
+is; glibc's own choice keeps holes that depend on what ran before (a plain step then takes 1.7 to 1.9 times as much).
 """
 
 import argparse

@@ -132,7 +132,7 @@ class MetaConfig:
     """--approx-layers random, learned: number of layers."""
     approx_tangent: Literal["auto", "forward", "difference"] = "auto"
     """--approx-meta: derivative of the features by a forward-mode pass, or by a finite difference, which costs half but needs
-    float32; auto: difference, with --amp forward."""
+    float32 in full (no --amp, no TF32); auto: difference on the CPU in float32, else forward."""
     validate_meta_every: Annotated[int, Field(ge=0, lt=2**31)] = 100
     """--approx-meta: meta steps from one comparison with the exact meta-gradient to the next; 0: never."""
     min_meta_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.5

@@ -13,10 +13,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 QUIET = {"progress": False, "tensorboard": False, "device": "cuda"}
 
 
-@pytest.mark.parametrize("method", ["mfrw", "mes", "mfrw-mes", "mw-net"])
+@pytest.mark.parametrize("method", ["mfrw", "mes", "mfrw-mes", "mw-net", "l2rw"])
 def test_forward_equals_double_backward(method):
     task = problem(method)
-    task.method.advisor.to("cuda")
+    if task.method.advisor is not None:
+        task.method.advisor.to("cuda")
     task = Problem(
         task.model.to("cuda"),
         task.method,
@@ -25,11 +26,22 @@ def test_forward_equals_double_backward(method):
     )
     expected, got = task.gradient(ReferenceEngine(plain)), task.gradient(ForwardEngine(plain))
     assert relative(got.gradients, expected.gradients) <= 1e-10
+    near = task.gradient(ForwardEngine(plain, tangent="difference"))
+    assert relative(near.gradients, expected.gradients) <= 0.05
 
 
-@pytest.mark.parametrize("amp", [False, True])
-def test_a_step_never_waits_for_the_device(amp):
-    config = resolve(Config, amp=amp, **QUIET)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"amp": True},
+        {"approx_meta": True, "validate_meta_every": 0},
+        {"amp": True, "approx_meta": True, "validate_meta_every": 0},
+    ],
+    ids=["exact", "exact-amp", "approx", "approx-amp"],
+)
+def test_a_step_never_waits_for_the_device(changes):
+    config = resolve(Config, **changes, **QUIET)
     run = Trainer(config, prepare(load_source(config), config, 0), torch.device("cuda"))
     run.step(*run._batches(run.phases[0]))
     torch.cuda.set_sync_debug_mode("error")

@@ -94,7 +94,9 @@ def _approximate(
 ) -> Engine:
     if config.approx_tangent == "difference" and amp:
         raise UserError("--approx-tangent difference needs float32: add --no-amp, or take forward.")
-    tangent: Tangent = "forward" if config.approx_tangent == "forward" or amp else "difference"
+    # A GPU convolves in TF32 unless told otherwise, whose rounding is longer than the difference.
+    rounded = amp or model.head.weight.device.type != "cpu"
+    tangent: Tangent = config.approx_tangent if config.approx_tangent != "auto" else "forward" if rounded else "difference"
     if config.approx_layers == "all":
         return ForwardEngine(precision, tangent=tangent)
     layers = layers_of(model, image_shape)

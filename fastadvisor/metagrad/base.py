@@ -49,7 +49,7 @@ class SharedForward:
     tape: Tape | None = None
     """Outputs of the pass, where the engine asked for them."""
     again: Callable[["SharedForward"], None] | None = None
-    """Runs the pass a second time and puts its graph into what it is given: given where memory matters more than time (``--lean``)."""
+    """Runs the pass a second time and puts its graph into what it is handed; there with ``--lean`` only."""
     released: bool = False
     """Whether the graph has been let go."""
 

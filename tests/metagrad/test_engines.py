@@ -195,13 +195,27 @@ def test_no_operation_of_the_kernels_package_sees_a_dual_number(monkeypatch):
     assert set(calls) == {"mes_cross_entropy", "reweight_features", "log_weights"}
 
 
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_bfloat16_autocast_keeps_the_direction(method):
-    task = problem(method, dtype=torch.float32)
-    exact = task.gradient(ForwardEngine(plain))
-    mixed = task.gradient(ForwardEngine(lambda: autocast(torch.device("cpu"), True)))
+def test_bfloat16_autocast_keeps_the_direction(method, network, attached):
+    task = problem(method, network, dtype=torch.float32)
+    exact = task.gradient(ForwardEngine(plain), attached=attached)
+    mixed = task.gradient(ForwardEngine(lambda: autocast(torch.device("cpu"), True)), attached=attached)
     assert all(g.dtype == torch.float32 for g in mixed.gradients)
     assert cosine_similarity(flat(mixed.gradients), flat(exact.gradients), dim=0) >= 0.98
+
+
+@pytest.mark.parametrize("network", ["batchnorm", "groupnorm"])
+def test_channels_last_changes_nothing(network):
+    task = problem(network=network)
+    expected = task.gradient(ReferenceEngine(plain)).gradients
+    task.model.to(memory_format=torch.channels_last)
+    task.train, task.meta = (
+        batch._replace(images=batch.images.contiguous(memory_format=torch.channels_last)) for batch in (task.train, task.meta)
+    )
+    for engine in (ReferenceEngine(plain), ForwardEngine(plain)):
+        assert relative(task.gradient(engine).gradients, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("stages", [1, 2])
