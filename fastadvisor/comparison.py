@@ -11,7 +11,8 @@ from typing import Any
 from fastadvisor.config import CompareConfig, Config, resolve, to_dict
 from fastadvisor.data import load_source
 from fastadvisor.errors import UserError
-from fastadvisor.methods import check_method
+from fastadvisor.metagrad import check_meta
+from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.run_folder import RunFolder, write_text
@@ -52,6 +53,7 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
         raise UserError("--methods names none; give some, as in --methods ce,meta-only,mfrw-mes.")
     for name in methods:
         check_method(name)
+        check_meta(config, METHODS[name], amp=config.amp)
     check_model(config.model)
     folder = _folder(config)
     source = load_source(config)

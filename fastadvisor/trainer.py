@@ -17,8 +17,8 @@ from fastadvisor.data import Batch, ResidentImages, ResidentLoader, Source, Trai
 from fastadvisor.data.augment import Augmentation
 from fastadvisor.errors import UserError
 from fastadvisor.evaluation import Accuracy, accuracy
-from fastadvisor.metagrad import Engine, ForwardEngine, ValidatedEngine, build_engine, meta_schedule
-from fastadvisor.methods import build_method, check_method
+from fastadvisor.metagrad import Engine, ForwardEngine, ValidatedEngine, build_engine, check_meta, meta_schedule
+from fastadvisor.methods import METHODS, build_method, check_method
 from fastadvisor.models import build_model, check_model
 from fastadvisor.runtime import allocator, checkpoint, memory
 from fastadvisor.runtime.environment import environment
@@ -58,6 +58,7 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult:
     """Train as ``config`` says; ``source`` spares reading the data set again."""
     check_method(config.method)
     check_model(config.model)
+    check_meta(config, METHODS[config.method], amp=config.amp)
     device = pick_device(config.device)
     if config.keep_memory and device.type == "cpu":
         allocator.keep_freed_memory()

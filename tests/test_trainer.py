@@ -204,10 +204,9 @@ def test_approx_meta_is_a_set_of_settings_and_each_can_be_had_alone(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_mixed_precision_takes_no_differences():
+def test_mixed_precision_takes_no_differences_and_l2rw_no_interval():
+    assert trainer(approx_meta=True, method="l2rw").meta_gradient() == "all layers, tangents by differences"
     assert trainer(approx_meta=True, amp=True).meta_gradient().startswith("exact;")
-    with pytest.raises(UserError, match="--no-amp"):
-        trainer(approx_meta=True, amp=True, approx_tangent="difference")
 
 
 def test_a_meta_step_every_third_iteration(monkeypatch):
@@ -260,11 +259,13 @@ def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsy
         ({"meta_engine": "reference", "lean": True}, "--meta-engine reference"),
         ({"method": "l2rw", "meta_interval": 2}, "--meta-interval"),
         ({"method": "l2rw", "virtual_gradient": "actual"}, "--virtual-gradient actual"),
+        ({"amp": True, "approx_meta": True, "approx_tangent": "difference"}, "--no-amp"),
     ],
 )
-def test_settings_that_exclude_each_other(changes, message):
+def test_settings_that_exclude_each_other_are_found_before_any_data_is_read(changes, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer_module, "load_source", lambda config: pytest.fail("data was read"))
     with pytest.raises(UserError, match=message):
-        trainer(**changes)
+        train_config(settings(tmp_path / "run", **changes))
 
 
 def weights_after(steps, **changes):

@@ -28,6 +28,7 @@ __all__ = [
     "ValidatedEngine",
     "VirtualStep",
     "build_engine",
+    "check_meta",
     "meta_schedule",
 ]
 
@@ -44,21 +45,29 @@ class MetaSchedule(NamedTuple):
     """After the actual step's gradient, with the advisor one step behind."""
 
 
-def meta_schedule(config: MetaConfig, method: type[Method]) -> MetaSchedule:
-    """Return when ``config`` takes meta steps of ``method``.
+def check_meta(config: MetaConfig, method: type[Method], *, amp: bool) -> None:
+    """Find out from the settings alone, before any data is read, whether they exclude each other.
 
     Raises:
-        UserError: a schedule that the method has no advisor to bridge with.
+        UserError: they do.
     """
+    if config.meta_engine == "reference":
+        for flag, asked in (("--approx-meta", config.approx_meta), ("--lean", config.lean)):
+            if asked:
+                raise UserError(f"{flag} is of the forward engine; drop it or --meta-engine reference.")
+    if config.approx_meta and config.approx_tangent == "difference" and amp:
+        raise UserError("--approx-tangent difference needs float32: add --no-amp, or take forward.")
+    schedule = meta_schedule(config, method)
+    if method.of_one_batch and schedule != MetaSchedule(1, behind=False):
+        flag = "--meta-interval" if schedule.interval > 1 else "--virtual-gradient actual"
+        raise UserError(f"{flag}: {method.__name__} weighs each batch by a meta step of its own and keeps no advisor; drop it.")
+
+
+def meta_schedule(config: MetaConfig, method: type[Method]) -> MetaSchedule:
+    """Return when ``config`` takes meta steps of ``method``."""
     approximate = config.approx_meta and not method.of_one_batch
     interval = config.meta_interval or (APPROX_INTERVAL if approximate else 1)
-    behind = config.virtual_gradient == "actual" or (config.virtual_gradient == "auto" and approximate)
-    if method.of_one_batch and (interval > 1 or behind):
-        flag = "--meta-interval" if interval > 1 else "--virtual-gradient actual"
-        raise UserError(
-            f"{flag}: this method weighs every batch by a meta step of its own, and has no advisor to keep; drop it."
-        )
-    return MetaSchedule(interval, behind)
+    return MetaSchedule(interval, config.virtual_gradient == "actual" or (config.virtual_gradient == "auto" and approximate))
 
 
 def build_engine(
@@ -72,14 +81,8 @@ def build_engine(
         image_shape: (height, width) of its images, to try where it can be cut.
         precision: of forward passes.
         amp: whether that is less than float32.
-
-    Raises:
-        UserError: settings that exclude each other.
     """
     if config.meta_engine == "reference":
-        for flag, asked in (("--approx-meta", config.approx_meta), ("--lean", config.lean)):
-            if asked:
-                raise UserError(f"{flag} is of the forward engine; drop it or --meta-engine reference.")
         return ReferenceEngine(precision)
     if not config.approx_meta:
         return ForwardEngine(precision)
@@ -92,8 +95,6 @@ def build_engine(
 def _approximate(
     config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], precision: Precision, amp: bool
 ) -> Engine:
-    if config.approx_tangent == "difference" and amp:
-        raise UserError("--approx-tangent difference needs float32: add --no-amp, or take forward.")
     # A GPU convolves in TF32 unless told otherwise, whose rounding is longer than the difference.
     rounded = amp or model.head.weight.device.type != "cpu"
     tangent: Tangent = config.approx_tangent if config.approx_tangent != "auto" else "forward" if rounded else "difference"
