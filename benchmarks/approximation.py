@@ -10,7 +10,6 @@ computes its gradient for the same batches and weights, and its cosine and relat
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +50,7 @@ def candidates(trainer: Trainer, shape: tuple[int, int]) -> dict[str, Candidate]
     layers: list[Layer] = layers_of(model, shape)
     found = {
         "differences": Candidate(ForwardEngine(precision, tangent="difference")),
-        "differences, step 1e-5": Candidate(ForwardEngine(precision, tangent="difference"), difference_step=1e-5),
+        "differences, step 1e-4": Candidate(ForwardEngine(precision, tangent="difference"), difference_step=1e-4),
         "bfloat16": Candidate(ForwardEngine(lambda: autocast(trainer.device, True))),
         "half the meta batch": Candidate(ForwardEngine(precision), meta_share=0.5),
         "top block": Candidate(ForwardEngine(precision, layers[-1].cut)),
@@ -153,19 +152,28 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 1, figsize=(9, 8), sharex=True, layout="constrained")
+    figure, axes = pyplot.subplots(2, 1, figsize=(9, 9), sharex=True, layout="constrained")
     epochs = [record["epoch"] for record in records]
-    for name in records[0]["engines"]:
-        for axis, key in zip(axes, ("cosine", "error"), strict=True):
-            values = [record["engines"][name][key] for record in records]
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for index, name in enumerate(records[0]["engines"]):
+        distances = [1 - record["engines"][name]["cosine"] for record in records]
+        errors = [record["engines"][name]["error"] for record in records]
+        for axis, values in zip(axes, (distances, errors), strict=True):
             # The points jump from batch to batch: a running median of five shows where they go.
-            middle = [statistics.median(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
-            axis.plot(epochs, middle, label=name, linewidth=1.4)
-    axes[0].set(ylabel="cosine to the exact meta-gradient", title=title)
-    axes[0].axhline(0.95, color="grey", linestyle=":", linewidth=1)
-    axes[0].legend(fontsize=7, ncols=2)
+            middle = [max(statistics.median(values[max(0, i - 2) : i + 3]), 1e-7) for i in range(len(values))]
+            axis.plot(epochs, middle, label=name, linewidth=1.5, color=colours[(2 * index) % 20 + (index > 9)])
+    axes[0].axhline(0.05, color="grey", linestyle=":", linewidth=1)
+    axes[0].text(epochs[0], 0.052, "cosine 0.95", fontsize=8, va="bottom", color="grey")
+    axes[0].set(ylabel="1 − cosine to the exact meta-gradient", yscale="log", title=title)
     axes[1].set(xlabel="epoch", ylabel="relative error", yscale="log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=4)
     figure.savefig(path, dpi=110)
+
+
+def names_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings on the command line that decide the figures, by name."""
+    names = ("data_root", "dataset", "model", "method", "epochs", "every", "imbalance_factor", "noise_rate", "device")
+    return {name: getattr(options, name) for name in names}
 
 
 def main() -> None:
@@ -187,14 +195,15 @@ def main() -> None:
     if options.draw is not None:
         result = json.loads(options.draw.read_text())
     else:
-        names = ("data_root", "dataset", "model", "method", "epochs", "imbalance_factor", "device")
-        settings = {name: getattr(options, name) for name in names}
-        noise = {"noise": "flip" if options.noise_rate else "none", "noise_rate": options.noise_rate}
-        records = watch(resolve(Config, **settings, **noise), options.every)
+        settings = names_of(options)
+        every, rate = settings.pop("every"), settings.pop("noise_rate")
+        noise = {"noise": "flip" if rate else "none", "noise_rate": rate}
+        records = watch(resolve(Config, **settings, **noise), every)
         settings["data_root"] = None
-        command = " ".join(["python -m benchmarks.approximation", *sys.argv[1:]])
-        if options.data_root is not None:
-            command = command.replace(options.data_root, "data")
+        shown = {**names_of(options), "data_root": "data" if options.data_root else None}
+        command = "python -m benchmarks.approximation " + " ".join(
+            f"--{name.replace('_', '-')} {value}" for name, value in shown.items() if value is not None
+        )
         about = {"settings": {**settings, **noise}, "command": command, "environment": environment()}
         result = {**about, "averages": averages(records), "records": records}
     print(table(result["records"]))

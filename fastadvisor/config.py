@@ -113,7 +113,7 @@ class MetaConfig:
     meta_engine: Literal["forward", "reference"] = "forward"
     """Exact engine. forward: one forward-mode pass; reference: double backward, the slow oracle."""
     meta_interval: Count | None = None
-    """A meta step every so many iterations; none: every one, with --approx-meta every third."""
+    """A meta step every so many iterations; none: every one, with --approx-meta every second."""
     virtual_gradient: Literal["auto", "own", "actual"] = "auto"
     """Gradient of the virtual step. own: as in Algorithm 1; actual: the actual step's, which leaves the advisor one step
     behind and spares a backward pass; auto: own, with --approx-meta actual."""
@@ -123,10 +123,10 @@ class MetaConfig:
     """Hold one graph at a time: free the training graph before the meta step and compute it again after it."""
     approx_meta: bool = False
     """Approximate the meta-gradient: a faster set of the settings around this one."""
-    approx_layers: Literal["all", "top", "random", "learned"] = "all"
+    approx_layers: Literal["all", "top", "random", "learned"] = "top"
     """--approx-meta: layers that count. top: the top --approx-stages stages; random, learned: --approx-budget residual blocks
     (or layers), chosen at each meta step at random or by FaMUS's gradient samplers."""
-    approx_stages: Count = 1
+    approx_stages: Count = 2
     """--approx-layers top: number of stages."""
     approx_budget: Count = 4
     """--approx-layers random, learned: number of layers."""

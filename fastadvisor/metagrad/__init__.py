@@ -32,7 +32,7 @@ __all__ = [
     "meta_schedule",
 ]
 
-APPROX_INTERVAL = 3
+APPROX_INTERVAL = 2
 """Iterations from one meta step to the next with --approx-meta: docs/results/approximation.md."""
 
 
