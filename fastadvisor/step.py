@@ -72,8 +72,9 @@ class Step:
         """(a) Run the backbone once, and the head on its unmasked features."""
         start = Entering(train.images, RandomState.now(train.images.device))
         plan = self.engine.plan() if with_meta_step else Plan()
-        postponed = plan.record and (self.lean or self.behind)  # a tape holds on to what these let go
-        tape = Tape() if plan.record and not postponed and not self.model.compiled else None
+        # A tape holds on to what a lean step, or one step behind, lets go before the meta step; above a cut that is little.
+        too_much = self.lean or (self.behind and plan.cut is None)
+        tape = Tape() if plan.record and not too_much and not self.model.compiled else None
         with self.precision():
             features, at_cut = self._features(train, plan, tape)
         loss_pre = self._loss_pre(features, train)
@@ -139,6 +140,8 @@ class Step:
                 return self.model(train.images, features=True), None
             with self.model.captured(plan.cut, tape=() if tape is None else tape) as seen:
                 features = self.model(train.images, features=True)
+        if tape is not None:
+            tape.forget(seen[0].position)
         return features, seen[0]
 
     def _loss_pre(self, features: Tensor, train: Batch) -> Tensor:

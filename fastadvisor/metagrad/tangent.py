@@ -46,6 +46,10 @@ class Tape:
         """Keep what ``function`` computed; nothing, to say that it is not known."""
         self.kept.append(_Kept(function, tuple(value.detach() for value in values), tuple(value._version for value in values)))
 
+    def forget(self, position: int) -> None:
+        """Let go of everything before ``position``; later positions stay what they are."""
+        self.kept[:position] = [kept._replace(values=(), versions=()) for kept in self.kept[:position]]
+
     def find(self, position: int, function: Callable[..., Any]) -> tuple[Tensor, ...]:
         """Return what is at ``position``; nothing where it has been overwritten, or the pass is not the recorded one."""
         if position >= len(self.kept):

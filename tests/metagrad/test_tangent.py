@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.metagrad.tangent import Recording, Tangents, Tape, _statistics, product
-from tests.metagrad.problem import CLASSES, NETWORKS, flat, plain, problem, relative
+from fastadvisor.models import cut_at
+from tests.metagrad.problem import CLASSES, NETWORKS, SIZE, flat, plain, problem, relative
 
 
 def dual(*shape, generator):
@@ -75,6 +76,19 @@ def spared(monkeypatch):
 def test_no_convolution_of_the_shared_pass_is_computed_again(spared):
     problem().gradient(ForwardEngine(plain))
     assert spared == [True] * 7
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_cut_spares_only_what_is_above_it(spared, behind):
+    task = problem()
+    engine = ForwardEngine(plain, cut_at(task.model, (SIZE, SIZE), 1))
+    posed = task.posed(engine, behind=behind)
+    assert [len(kept.values) > 0 for kept in posed.shared.tape.kept] == [False] * 10 + [True] * 4  # convolution, norm, …
+    got = engine.meta_gradient(posed, engine.virtual_train(posed), task.meta)
+    assert spared == [True] * 2
+    posed.shared.tape = None
+    again = engine.meta_gradient(posed, engine.virtual_train(posed), task.meta)
+    assert relative(got.gradients, again.gradients) <= 1e-12
 
 
 def test_an_output_overwritten_in_place_is_computed_again_and_the_gradient_stays_exact(spared):
