@@ -148,8 +148,16 @@ def ours(label: str, limit: float | None = None, meta_share: float = 1.0, **sett
     return Contender(build, label, limit, iterations_per_cycle=schedule.interval, meta_share=meta_share)
 
 
-APPROX: dict[str, Any] = {"approx_meta": True, "meta_interval": 1, "virtual_gradient": "own", "approx_tangent": "forward"}
+BARE: dict[str, Any] = {
+    "approx_meta": True,
+    "meta_interval": 1,
+    "virtual_gradient": "own",
+    "approx_tangent": "forward",
+    "approx_layers": "all",
+}
 """--approx-meta with every knob turned off."""
+TOP: dict[str, Any] = {"approx_meta": True, "approx_layers": "top", "approx_stages": 1}
+"""The top stage, with the other knobs as ``--approx-meta`` sets them."""
 
 CONTENDERS: dict[str, Contender] = {
     "plain": Contender(plain, "plain cross-entropy", advised=False),
@@ -165,18 +173,16 @@ CONTENDERS: dict[str, Contender] = {
     "interval2": ours("interval 2", EXACT_LIMIT, meta_interval=2),
     "interval2_behind": ours("interval 2, one step behind", EXACT_LIMIT, meta_interval=2, virtual_gradient="actual"),
     "half_meta": ours("half the meta batch", meta_share=0.5),
-    "difference": ours("differences (under autocast: the tangent pass)", **{**APPROX, "approx_tangent": "auto"}),
-    "top1": ours("top stage", **{**APPROX, "approx_layers": "top"}),
-    "top2": ours("top 2 stages", **{**APPROX, "approx_layers": "top", "approx_stages": 2}),
-    "random4": ours("random 4 of 16 layers", **{**APPROX, "approx_layers": "random"}),
-    "learned4": ours("learned 4 of 16 layers", **{**APPROX, "approx_layers": "learned"}),
-    "top1_all_knobs": ours("top stage, differences, one step behind", approx_meta=True, meta_interval=1, approx_layers="top"),
-    "top1_all_knobs2": ours(
-        "top stage, differences, one step behind, interval 2", approx_meta=True, meta_interval=2, approx_layers="top"
-    ),
-    "top1_all_knobs2_half": ours(
-        "the same with half the meta batch", meta_share=0.5, approx_meta=True, meta_interval=2, approx_layers="top"
-    ),
+    "difference": ours("differences (under autocast: the tangent pass)", **{**BARE, "approx_tangent": "auto"}),
+    "top1": ours("top stage", **{**BARE, "approx_layers": "top", "approx_stages": 1}),
+    "top2": ours("top 2 stages", **{**BARE, "approx_layers": "top", "approx_stages": 2}),
+    "random4": ours("random 4 layers", **{**BARE, "approx_layers": "random"}),
+    "learned4": ours("learned 4 layers", **{**BARE, "approx_layers": "learned"}),
+    "all_together": ours("differences, one step behind", approx_meta=True, approx_layers="all", meta_interval=1),
+    "all_together3": ours("differences, one step behind, interval 3", approx_meta=True, approx_layers="all", meta_interval=3),
+    "top1_together": ours("top stage, differences, one step behind", meta_interval=1, **TOP),
+    "top1_together2": ours("top stage, differences, one step behind, interval 2", **TOP),
+    "top1_together2_half": ours("the same with half the meta batch", meta_share=0.5, **TOP),
 }
 CORE = ("plain", "double_backward", "shared_double_backward", "higher", "torchopt", "exact", "lean", "approx")
 """What is measured unless ``--only`` names others, or ``--only all``."""

@@ -78,8 +78,8 @@ def report(result: dict[str, Any]) -> str:
     if result["memory_batch_size"]:
         lines.append(
             f"Peak: over what the process held before model and batches were built; batch and meta batch "
-            f"{result['memory_batch_size']}, {amps[0]}, each contender in a process of its own (CPU: with glibc's "
-            "default settings, whatever the timed process uses)."
+            f"{result['memory_batch_size']}, {amps[0]}, each contender in a process of its own (CPU: "
+            "resident set, every tensor a mapping of its own)."
         )
     lines += [f"\n{name}: {reason}." for name, reason in result["left_out"].items()]
     return "\n".join(lines)
