@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import peak_memory, step, tables
+from benchmarks import approximation, peak_memory, phases, step, tables
 from benchmarks.contenders import (
     CONTENDERS,
     PEER_LIMIT,
@@ -21,6 +21,7 @@ from benchmarks.contenders import (
     plain,
     require,
 )
+from fastadvisor.config import Config, resolve
 
 CPU = torch.device("cpu")
 DOUBLE = Setting("resnet8", CPU, dtype=torch.float64)
@@ -192,3 +193,26 @@ def test_a_meta_batch_goes_in_where_a_meta_step_is_due():
         iterate(CONTENDERS["exact"], iteration, "train", "meta")
     iterate(CONTENDERS["plain"], iteration, "train", "meta")
     assert seen == ["meta", None, "meta", None]
+
+
+def test_the_phases_of_a_step_are_all_there():
+    found = phases.measure(Setting("resnet8", CPU), batch_size=4, rounds=1)
+    assert list(found) == list(phases.UNITS)
+    assert all(ms > 0 for ms in found.values())
+    assert "the tangent by a difference" not in phases.measure(Setting("resnet8", CPU, amp=True), batch_size=4, rounds=1)
+    assert sum(units for name, units in phases.UNITS.items() if name not in ("plain step", "the tangent by a difference")) == 10
+
+
+def test_the_approximations_are_probed_without_touching_the_training(tmp_path):
+    config = resolve(Config, model="resnet14", epochs=1, device="cpu", batch_size=60, meta_batch_size=20)
+    records = approximation.watch(config, every=4, say=lambda line: None)
+    assert [record["iteration"] for record in records] == [0, 4]
+    found = approximation.averages(records)
+    assert found["differences"]["cosine"] > 0.999
+    assert found["random 4"]["cosine"] < 1
+    assert found["top block"]["error"] > found["differences"]["error"]
+    assert "| top 2 stages |" in approximation.table(records)
+    unwatched = approximation.watch(config, every=100, say=lambda line: None)
+    assert unwatched[-1]["test_top1"] == records[-1]["test_top1"]
+    approximation.draw(records, "a title", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
