@@ -262,6 +262,7 @@ def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsy
     [
         ({"meta_engine": "reference", "approx_meta": True}, "--meta-engine reference"),
         ({"meta_engine": "reference", "lean": True}, "--meta-engine reference"),
+        ({"meta_engine": "reference", "virtual_gradient": "actual"}, "--virtual-gradient actual"),
         ({"method": "l2rw", "meta_interval": 2}, "--meta-interval"),
         ({"method": "l2rw", "virtual_gradient": "actual"}, "--virtual-gradient actual"),
         ({"amp": True, "approx_meta": True, "approx_tangent": "difference"}, "--no-amp"),

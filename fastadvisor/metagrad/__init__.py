@@ -52,7 +52,9 @@ def check_meta(config: MetaConfig, method: type[Method], *, amp: bool) -> None:
         UserError: they do.
     """
     if config.meta_engine == "reference":
-        for flag, asked in (("--approx-meta", config.approx_meta), ("--lean", config.lean)):
+        behind = config.virtual_gradient == "actual"  # whose graph is gone before the meta step
+        asked_for = ("--approx-meta", config.approx_meta), ("--lean", config.lean), ("--virtual-gradient actual", behind)
+        for flag, asked in asked_for:
             if asked:
                 raise UserError(f"{flag} is of the forward engine; drop it or --meta-engine reference.")
     if config.approx_meta and config.approx_tangent == "difference" and amp:
@@ -95,17 +97,19 @@ def build_engine(
 def _approximate(
     config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], precision: Precision, amp: bool
 ) -> Engine:
+    if config.approx_tangent == "difference" and model.head.weight.device.type != "cpu":
+        raise UserError("--approx-tangent difference needs float32 in full, and a GPU convolves in TF32: take forward.")
     # A GPU convolves in TF32 unless told otherwise, whose rounding is longer than the difference.
     rounded = amp or model.head.weight.device.type != "cpu"
     tangent: Tangent = config.approx_tangent if config.approx_tangent != "auto" else "forward" if rounded else "difference"
     if config.approx_layers == "all":
         return ForwardEngine(precision, tangent=tangent)
-    layers = layers_of(model, image_shape)
     if config.approx_layers == "top":
         cut = cut_at(model, image_shape, config.approx_stages)
         if cut is None:
             print(f"{model.name} cannot be cut below its top {config.approx_stages} stages: all layers count.")
         return ForwardEngine(precision, cut, tangent=tangent)
+    layers = layers_of(model, image_shape)
     if len(layers) <= config.approx_budget:
         print(f"{model.name} has no more than {len(layers)} layers that can be told apart: all of them count.")
         return ForwardEngine(precision, tangent=tangent)

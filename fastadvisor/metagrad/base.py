@@ -52,6 +52,8 @@ class SharedForward:
     """Runs the pass a second time and puts its graph into what it is handed; there with ``--lean`` only."""
     released: bool = False
     """Whether the graph has been let go."""
+    renewals: int = 0
+    """How often it has been had again."""
 
     def entering(self, cut: Cut | None) -> Entering:
         """Return what entered the part of the backbone above ``cut``; all of it for None."""
@@ -72,6 +74,7 @@ class SharedForward:
             assert self.again is not None
             self.again(self)
             self.released = False
+            self.renewals += 1
 
 
 @dataclass
@@ -93,8 +96,9 @@ class VirtualStep:
             group = self.optimizer.param_groups[0]
             directions = torch._foreach_add(list(directions), weights, alpha=group["weight_decay"])
             buffers = [self.optimizer.state[p].get("momentum_buffer") for p in parameters.values()]
-            if group["momentum"] and all(buffer is not None for buffer in buffers):
-                directions = torch._foreach_add(list(directions), buffers, alpha=group["momentum"])
+            if group["momentum"]:
+                known = [torch.zeros_like(w) if buffer is None else buffer for w, buffer in zip(weights, buffers, strict=True)]
+                directions = torch._foreach_add(list(directions), known, alpha=group["momentum"])
         return dict(zip(parameters, torch._foreach_add(weights, list(directions), alpha=-self.lr), strict=True))
 
 
@@ -115,7 +119,12 @@ class MetaProblem:
 
     def training_advice(self) -> Advice:
         """Return the advice as the training loss takes it when its gradient for the classifier is wanted."""
-        return self.advice if self.attached else self.advice.detach()
+        if not self.attached:
+            return self.advice.detach()
+        shared = self.shared
+        if shared.renewals:  # the advice hangs on the graph that was let go
+            return self.method.advise(shared.features, shared.loss_pre, shared.batch.labels, shared.draw)
+        return self.advice
 
 
 class MetaGradient(NamedTuple):

@@ -59,6 +59,7 @@ class ForwardEngine(Engine):
         model, shared, method = problem.model, problem.shared, problem.method
         parameters = model.part_parameters(self.cut, self.only)
         if method.of_one_batch:  # weights of 0 make a gradient of 0
+            shared.release()
             return problem.step.apply(parameters, tuple(torch.zeros_like(p) for p in parameters.values()))
         shared.restore()
         with self.precision():
@@ -104,7 +105,11 @@ class ForwardEngine(Engine):
         tangent = (self._tangent if self.tangent == "forward" else self._difference)(model, shared, gradient)
         features = Dual(shared.features.detach(), tangent)
         weight, bias = model.head_parameter_names()
-        direction = HeadTangent(gradient[weight], None if bias is None else gradient[bias])
+        head = model.head
+        direction = HeadTangent(  # a frozen head has no gradient
+            gradient.get(weight, torch.zeros_like(head.weight)),
+            None if bias is None else gradient.get(bias, torch.zeros_like(head.bias)),
+        )
         advice, moved = problem.advice, None
         if problem.attached:
             advice, moved = self._moving_advice(problem, features, direction)
@@ -142,7 +147,11 @@ class ForwardEngine(Engine):
 
     def _difference(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D) to the first order in the step ε."""
-        parameters, entering = model.part_parameters(self.cut, self.only), shared.entering(self.cut)
+        head = f"model.{model.head_name}."  # behind the features, and often the longest part of the direction
+        parameters = {n: p for n, p in model.part_parameters(self.cut, self.only).items() if not n.startswith(head)}
+        entering = shared.entering(self.cut)
+        if not parameters:
+            return torch.zeros_like(shared.features)
         weights, directions = [p.detach() for p in parameters.values()], [gradient[name] for name in parameters]
         length, size = (torch.stack(torch._foreach_norm(part)).norm() for part in (directions, weights))
         step = DIFFERENCE_STEP * size / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)

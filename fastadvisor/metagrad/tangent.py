@@ -167,8 +167,11 @@ def batch_norm(
         slope_x = slope_x + inverse * gamma_dot
     if beta_dot is not None:
         shift = shift + beta_dot
-    y_dot = _affine(x_dot, slope, shift - slope_x * mean)
-    y_dot.addcmul_(x, slope_x.to(x.dtype).reshape(-1, *(1 for _ in x.shape[2:])))
+    y_dot = _affine(x_dot, slope, shift - slope_x * mean if x.dtype == slope_x.dtype else shift)
+    if x.dtype == slope_x.dtype:
+        y_dot.addcmul_(x, slope_x.reshape(-1, *(1 for _ in x.shape[2:])))
+    else:  # rounded to x's dtype the slope would no longer fit the shift
+        y_dot = y_dot + _affine(x, slope_x, -slope_x * mean)
     return forward_ad.make_dual(y, y_dot)
 
 

@@ -88,7 +88,9 @@ class ValidatedEngine(Engine):
         return {**own, "approximate": self.approximate.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``."""
+        """Continue from ``state``; an empty one is of a run that needed no watching, on another device."""
+        if not state:
+            return
         self.meta_steps, self.falling_back, self.warned = state["meta_steps"], state["falling_back"], state["warned"]
         self.approximate.load_state_dict(state["approximate"])
 

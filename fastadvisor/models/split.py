@@ -225,14 +225,22 @@ def layers_of(whole: SplitClassifier, image_shape: tuple[int, int]) -> list[Laye
 def _holds(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None) -> bool:
     weight = whole.head.weight
     images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-    training = whole.training
+    if cut is None:
+        return False
+    training, versions = whole.training, []
     whole.eval()
+    entry = whole.model.get_submodule(cut.entry)
+    handle = entry.register_forward_pre_hook(lambda _, inputs: versions.append(inputs[0]._version))
     try:
         with torch.no_grad():
-            expected = whole(images, features=True)
+            with whole.captured(cut) as seen:
+                expected = whole(images, features=True)
+            if seen[0].activation._version != versions[0]:
+                return False  # overwritten in place above the cut: it could not be started from again
             features = whole(whole(images, until=cut), start=cut, features=True)
         return torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
         return False  # not a chain: what the model does before the cut fails on the activation
     finally:
+        handle.remove()
         whole.train(training)

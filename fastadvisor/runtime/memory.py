@@ -25,7 +25,7 @@ def enough(device: torch.device) -> Iterator[None]:
             raise
         raise UserError(
             f"Out of memory ({device}): lower --batch-size, --eval-batch-size, --image-size or --advisor-width, "
-            "or choose a smaller --model."
+            "add --lean, or choose a smaller --model."
         ) from None
 
 

@@ -269,3 +269,28 @@ def test_attention_has_a_tangent():
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the oracle's double backward needs it too
         expected = task.gradient(ReferenceEngine(plain))
     assert relative(task.gradient(ForwardEngine(plain)).gradients, expected.gradients) <= 1e-10
+
+
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"]])
+def test_a_frozen_head(frozen):
+    task = problem()
+    for name in frozen:
+        getattr(task.model.head, name).requires_grad_(False)
+    expected = task.gradient(ReferenceEngine(plain)).gradients
+    assert relative(task.gradient(ForwardEngine(plain)).gradients, expected) <= 1e-12
+
+
+def test_the_optimizers_virtual_step_where_a_parameter_never_has_a_gradient():
+    task = problem()
+    task.model.model.unused = torch.nn.Linear(2, 2).double()
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-2)
+    task.model(task.train.images).sum().backward()
+    optimizer.step()
+    posed = task.posed(ForwardEngine(plain), VirtualStep(0.1, optimizer))
+    virtual = ForwardEngine(plain).virtual_train(posed)
+    optimizer.zero_grad()
+    task.method.loss(posed.shared.features, task.train.labels, task.model.head, posed.advice.detach()).backward()
+    optimizer.step()
+    for name, parameter in task.model.named_parameters():
+        if "unused" not in name:
+            torch.testing.assert_close(virtual[name], parameter.detach(), rtol=1e-12, atol=1e-14)

@@ -148,3 +148,21 @@ def test_the_statistics_of_a_graph_are_those_of_the_batch(dtype):
     expected_mean, expected_inverse = _statistics(x, 1e-3)
     torch.testing.assert_close(mean, expected_mean.to(mean.dtype))
     torch.testing.assert_close(inverse, expected_inverse.to(mean.dtype))
+
+
+@pytest.mark.parametrize("offset", [0, 3, 30])
+def test_batch_norm_in_bfloat16_with_a_mean_far_from_zero(offset):
+    """The slope in x and the shift cancel but for x̂: rounded apart, they would not."""
+    generator = torch.Generator().manual_seed(0)
+    x, x_dot = (torch.randn(16, 4, 6, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = (x + offset).bfloat16()
+    x_dot = x_dot.bfloat16()
+    weight, weight_dot, bias, bias_dot = torch.randn(4, 4, generator=generator)
+    tangents = []
+    for dtype, affine, mode in ((torch.float64, torch.float64, nullcontext()), (torch.bfloat16, torch.float32, Tangents())):
+        with forward_ad.dual_level(), mode:
+            inputs = forward_ad.make_dual(x.to(dtype), x_dot.to(dtype))
+            pairs = ((weight, weight_dot), (bias, bias_dot))
+            parameters = [forward_ad.make_dual(value.to(affine), dot.to(affine)) for value, dot in pairs]
+            tangents.append(forward_ad.unpack_dual(F.batch_norm(inputs, None, None, *parameters, True)).tangent.double())
+    assert float((tangents[1] - tangents[0]).norm() / tangents[0].norm()) < 0.01

@@ -120,3 +120,28 @@ def test_collect_empties_and_state_survives():
     other.approximate.turn = torch.neg
     problem().gradient(other)
     assert said == []
+
+
+@pytest.mark.parametrize("method", ["mfrw-mes", "mw-net", "l2rw"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_check_of_a_lean_step(method, attached):
+    """The first engine lets the graph go, and the second needs it again, with the advice that hangs on it."""
+    task = problem(method)
+    cut = cut_at(task.model, (SIZE, SIZE), 1)
+    expected = task.gradient(ForwardEngine(plain, cut), attached=attached).gradients
+    task = problem(method)
+    watched = ValidatedEngine(ForwardEngine(plain, cut), ForwardEngine(plain), 1, -1.0)
+    posed = task.posed(watched, lean=True, attached=attached)
+    virtual = watched.virtual_train(posed)
+    assert posed.shared.released
+    got = watched.meta_gradient(posed, virtual, task.meta).gradients
+    assert relative(got, expected) <= 1e-12
+    exact = problem(method).gradient(ForwardEngine(plain), attached=attached).gradients
+    cosine = torch.cosine_similarity(flat(expected), flat(exact), dim=0)
+    assert watched.checks[0].cosine == pytest.approx(float(cosine), rel=1e-9)
+
+
+def test_an_empty_state_is_of_a_run_that_needed_no_watching():
+    engine, _ = validated()
+    engine.load_state_dict({})
+    assert engine.meta_steps == 0

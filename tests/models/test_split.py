@@ -7,7 +7,7 @@ from torch import nn
 
 from fastadvisor.config import ModelConfig
 from fastadvisor.errors import UserError
-from fastadvisor.models import SplitClassifier, build_model, check_model, cut_at, split
+from fastadvisor.models import SplitClassifier, build_model, check_model, cut_at, layers_of, split
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.models.split import swapped
 
@@ -472,3 +472,24 @@ def test_forward_ad_passes_through_frozen_statistics():
         out = forward_ad.unpack_dual(whole(forward_ad.make_dual(images, tangent), features=True))
     assert out.tangent is not None
     assert out.tangent.abs().max() > 0
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_cut_under_an_operation_in_place_is_refused(inplace):
+    """What enters it is overwritten above it, so that nothing could start from there again."""
+
+    def block():
+        return torch.nn.Sequential(torch.nn.SiLU(inplace=inplace), torch.nn.Conv2d(4, 4, 3, padding=1))
+
+    class Preactivated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one, self.two = torch.nn.Conv2d(3, 4, 3), block(), block()
+            self.fc = torch.nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.fc(self.two(self.one(self.stem(x))).mean((2, 3)))
+
+    whole = split(Preactivated(), "preactivated", (8, 8), 5)
+    assert (cut_at(whole, (8, 8), 1) is None) == inplace
+    assert [layer.cut is None or "1" in layer.cut.entry for layer in layers_of(whole, (8, 8))] == [True] * 3  # convolutions
