@@ -51,7 +51,7 @@ def correctness(names: Sequence[str], model: str, device: torch.device, batch: i
         contender = CONTENDERS[name]
         try:
             require(contender)
-            gradient = first_gradient(contender, setting, batch) if contender.advised else None
+            gradient = first_gradient(contender, setting, batch) if contender.advised and contender.comparable else None
         except Unavailable as reason:
             checked.left_out[name] = str(reason)
             continue

@@ -6,7 +6,7 @@ function modes mend the costly ones; every other operation stays torch's own:
 - a convolution or a linear layer has its primal output taken from the shared pass, whose graph holds that tensor anyway;
 - batch normalisation takes mean and deviation from there, and its tangent is affine in x and ẋ: two reductions and two passes.
 
-Measured on two CPU cores, ResNet-32, batch 128: 293 ms for the pass by dual numbers alone, 160 ms with this.
+Measured on two CPU cores, ResNet-32, batch 128: 293 ms for the pass by dual numbers alone, 171 ms with this, advisor included.
 """
 
 from collections.abc import Callable
