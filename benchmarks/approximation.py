@@ -86,13 +86,11 @@ def probe(trainer: Trainer, compared: dict[str, Candidate], train: Batch, meta: 
             result = candidate.engine.meta_gradient(problem, virtual, few)
         return torch.cat([part.flatten() for part in result.gradients]), virtual
 
-    with begun.replayed():
-        exact, virtual = gradient(Candidate(ForwardEngine(trainer.precision)), None)
+    exact, virtual = gradient(Candidate(ForwardEngine(trainer.precision)), None)
     found: dict[str, dict[str, float]] = {}
     usual = forward_module.DIFFERENCE_STEP
-    for index, (name, candidate) in enumerate(compared.items()):
+    for name, candidate in compared.items():
         forward_module.DIFFERENCE_STEP = candidate.difference_step or usual
-        torch.manual_seed(index + 1000 * step.iteration)  # each chooses its own layers
         got, _ = gradient(candidate, None if candidate.own_virtual else virtual)
         cosine = torch.cosine_similarity(got, exact, dim=0)
         found[name] = {"cosine": float(cosine), "error": float((got - exact).norm() / exact.norm())}
@@ -115,9 +113,8 @@ def watch(config: Config, every: int, say: Callable[[str], None] = print) -> lis
             trainer.set_lr(trainer.phases[0], index)
             train, meta = trainer.train_loader.next_batch(), trainer.meta_loader.next_batch()
             if trainer.step.iteration % every == 0:
-                outside = RandomState.now(device)
-                found = probe(trainer, compared, train, meta)
-                torch.set_rng_state(outside.cpu)
+                with RandomState.now(device).replayed():  # the run's own stream goes on as if nothing had been drawn
+                    found = probe(trainer, compared, train, meta)
                 records.append({"iteration": trainer.step.iteration, "epoch": epoch + index / steps, "engines": found})
             trainer.step(train, meta)
         trainer.epoch += 1

@@ -200,7 +200,7 @@ def test_the_phases_of_a_step_are_all_there():
     assert list(found) == list(phases.UNITS)
     assert all(ms > 0 for ms in found.values())
     assert "the tangent by a difference" not in phases.measure(Setting("resnet8", CPU, amp=True), batch_size=4, rounds=1)
-    assert sum(units for name, units in phases.UNITS.items() if name not in ("plain step", "the tangent by a difference")) == 10
+    assert sum(units for name, units in phases.UNITS.items() if name != "plain step" and not name.startswith("the")) == 10
 
 
 def test_the_approximations_are_probed_without_touching_the_training(tmp_path):
