@@ -11,35 +11,14 @@ from torch.nn.functional import cross_entropy
 
 import fastadvisor_kernels
 from fastadvisor_kernels import mes_cross_entropy
-from fastadvisor_kernels.equalization_softmax import log_weights
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MARGIN = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-BETAS = ["none", 0.9, 0.0, 1.0, "per sample", "per class", "batch"]
-CLASSES = [1, 2, 10, 14, 100, 365, 1000, 1023]
-
-
-def make(batch, classes, dtype=torch.float64, v_dtype=None, scale=2.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    z = scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
-    v = scale * torch.randn(batch, classes, generator=generator, dtype=torch.float64)
-    y = torch.randint(classes, (batch,), generator=generator)
-    return z.to(dtype), v.to(v_dtype or dtype), y
-
-
-def make_beta(kind, batch, classes, seed=1):
-    if kind == "none":
-        return None
-    if isinstance(kind, float):
-        return kind
-    shape = {"per sample": (batch, 1), "per class": (batch, classes), "batch": (1, 1)}[kind]
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6).double()
+from fastadvisor_kernels.equalization_softmax import log_weights, reference
+from tests.kernels.cases import BETAS, CLASSES, DTYPES, LAYOUTS, MARGIN, as_number, make, make_beta
 
 
 def truth(z, v, y, beta):
     """Eq. 4 to 8 as written, in float64, with its gradients by autograd: for moderate inputs."""
     z, v = z.detach().double().requires_grad_(), v.detach().double().requires_grad_()
-    w = 1 - (1.0 if beta is None else beta) * torch.sigmoid(v)
+    w = 1 - as_number(beta, *z.shape) * torch.sigmoid(v)
     w = w.scatter(1, y[:, None], 1.0)
     e = z.exp()
     loss = -torch.log(e.gather(1, y[:, None]).squeeze(1) / (w * e).sum(1))
@@ -119,7 +98,7 @@ def test_values_and_gradients_in_float64(kind):
 def test_closed_form_gradients_of_the_readme(kind):
     z, v, y = make(7, 10, seed=3)
     beta = make_beta(kind, 7, 10)
-    b = 1.0 if beta is None else beta
+    b = as_number(beta, *z.shape)
     s = torch.sigmoid(v)
     other = torch.ones_like(z).scatter(1, y[:, None], 0.0)
     p = torch.softmax(z + log_weights(v, y, beta), dim=1)
@@ -191,22 +170,78 @@ def test_layout_does_not_matter(kind):
     beta = make_beta(kind, 7, 10)
     want = run(z, v, y, beta)
 
-    def unaligned(t):
-        whole = torch.full((t.shape[0] + 1, t.shape[1] + 3), float("nan"))
-        whole[1:, 1:-2] = t
-        return whole[1:, 1:-2]
-
-    def strided(t):
-        whole = torch.full((2 * t.shape[0], 3 * t.shape[1]), float("nan"))
-        whole[::2, ::3] = t
-        return whole[::2, ::3]
-
-    layouts = [lambda t: t.t().contiguous().t(), unaligned, strided]
     long_y = y.repeat_interleave(2)[::2]
-    for of_z in layouts:
-        for of_v in layouts:
+    for of_z in LAYOUTS:
+        for of_v in LAYOUTS:
             assert not of_z(z).is_contiguous()
             torch.testing.assert_close(run(of_z(z), of_v(v), long_y, beta), want, rtol=1e-5, atol=1e-6)
+
+
+OPTIONS = [
+    {"reduction": "mean"},
+    {"reduction": "sum", "label_smoothing": 0.2},
+    {"reduction": "mean", "label_smoothing": 1.0, "ignore_index": 3},
+    {"ignore_index": 0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("plain", ["v is None", "β = 0"])
+def test_options_are_those_of_torchs_cross_entropy(options, plain):
+    z, v, y = make(9, 5, torch.float32)
+    y[::4] = options.get("ignore_index", -100)
+    z.requires_grad_()
+    got = mes_cross_entropy(z, None if plain == "v is None" else v, y, 0.0, **options)
+    want = cross_entropy(z, y, **{"reduction": "none", **options})
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(grad(got.sum(), z)[0], grad(want.sum(), z)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_of_nothing_is_nan_and_its_sum_zero():
+    z, v, _ = make(3, 5)
+    y = torch.full((3,), -100)
+    assert mes_cross_entropy(z, v, y, reduction="mean").isnan()
+    assert mes_cross_entropy(z, v, y, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("kind", BETAS)
+@pytest.mark.parametrize("options", [{}, *OPTIONS])
+def test_the_closed_form_is_the_gradient_and_has_one_itself(options, kind):
+    z, v, y = make(4, 5)
+    y[0] = options.get("ignore_index", -100)
+    beta = make_beta(kind, 4, 5)
+    z.requires_grad_()
+    v.requires_grad_()
+    loss = mes_cross_entropy(z, v, y, beta, **options)
+    above = torch.linspace(0.5, 2.0, loss.numel(), dtype=torch.float64).reshape(loss.shape).requires_grad_()
+    by_autograd = grad(loss, (z, v), above, create_graph=True)
+    closed = reference.gradients(above, z, v, y, beta, **options)
+    torch.testing.assert_close(closed, by_autograd, rtol=1e-12, atol=1e-14)
+    second = [
+        grad([part.square().sum() for part in first], (z, v, above), retain_graph=True) for first in (closed, by_autograd)
+    ]
+    torch.testing.assert_close(*second, rtol=1e-10, atol=1e-13)
+
+
+def test_targets_of_any_integer_type():
+    z, v, y = make(5, 4)
+    assert torch.equal(mes_cross_entropy(z, v, y.int()), mes_cross_entropy(z, v, y))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"reduction": "average"}, "none, mean or sum"), ({"label_smoothing": 1.5}, "label_smoothing must lie in")],
+)
+def test_wrong_options(options, sentence):
+    z, v, y = make(3, 4)
+    with pytest.raises(ValueError, match=sentence):
+        mes_cross_entropy(z, v, y, **options)
+
+
+def test_a_label_that_is_no_class_is_refused():
+    z, v, _ = make(3, 4)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        mes_cross_entropy(z, v, torch.tensor([0, 4, 1]))
 
 
 def test_inputs_are_left_alone():

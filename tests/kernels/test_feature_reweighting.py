@@ -4,10 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from fastadvisor_kernels import reweight_features
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MARGIN = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+from fastadvisor_kernels import reweight_dual, reweight_features
+from fastadvisor_kernels.feature_reweighting import reference
+from tests.kernels.cases import DTYPES, MARGIN
 
 
 def make(shape, dtype=torch.float64, u_dtype=None, scale=2.0, seed=0):
@@ -76,6 +75,86 @@ def test_extremes_stay_finite(shape, dtype):
     assert torch.equal(h, f * opened)
     assert torch.equal(f_grad, opened)
     assert torch.equal(u_grad, torch.zeros_like(u))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (0, 4)])
+def test_in_place_is_the_same(shape, dtype):
+    f, u, g = make(shape, dtype, scale=1.0)
+    want = run(f, u, g)
+    f, u = f.requires_grad_(), u.requires_grad_()
+    own = f * 1
+    h = reweight_features(own, u, inplace=True)
+    assert h.data_ptr() == own.data_ptr()
+    got = h.detach().clone(), *grad(h, (f, u), g)
+    # The gradient of u comes from h, which is rounded to its dtype.
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_in_place_is_seen_by_who_needs_the_features_as_they_were():
+    f, u, _ = make((3, 4))
+    f.requires_grad_()
+    own = f * 1
+    squared = own.square()
+    reweight_features(own, u, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+
+
+def test_in_place_without_gradients_and_in_any_layout():
+    f, u, _ = make((6, 8))
+    want = reweight_features(f, u)
+    for own in (f.clone(), f.t().contiguous().t(), torch.cat([f, f], dim=1)[:, 8:]):
+        assert reweight_features(own, u, inplace=True) is own
+        torch.testing.assert_close(own, want, rtol=1e-15, atol=0)
+
+
+def test_gradcheck_in_place():
+    f, u, _ = make((3, 4))
+    inputs = (f.requires_grad_(), u.requires_grad_())
+
+    def masked(f, u):
+        return reweight_features(f * 1, u, inplace=True)
+
+    assert gradcheck(masked, inputs)
+    assert gradgradcheck(masked, inputs)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5,), (2, 3, 4)])
+def test_the_dual_is_two_products_with_one_mask(shape):
+    f, u, f_dot = make(shape)
+    inputs = tuple(part.requires_grad_() for part in (f, f_dot, u))
+    got, want = reweight_dual(*inputs), (reweight_features(f, u), reweight_features(f_dot, u))
+    torch.testing.assert_close(got, want, rtol=1e-15, atol=0)
+    assert gradcheck(reweight_dual, inputs, check_forward_ad=True)
+    assert gradgradcheck(reweight_dual, inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_closed_form_gradients(masked):
+    f, u, f_dot = make((3, 4))
+    inputs = f, f_dot, u = tuple(part.requires_grad_() for part in (f, f_dot, u))
+    above = tuple(torch.randn((3, 4), generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (1, 2))
+    want = grad(reweight_dual(*inputs), inputs, above)
+    given = reweight_features(f, u) if masked else f
+    if masked:  # f is overwritten in place only where there is no ḟ
+        want = grad(reweight_features(f, u), (f, u), above[0])
+        got = reference.gradients(above[0], None, given, None, u, masked=True)
+        got = got[0], got[2]
+    else:
+        got = reference.gradients(*above, f, f_dot, u)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32, torch.float32), (torch.bfloat16,) * 3, (torch.float64,) * 3]
+)
+def test_the_dual_is_taken_in_the_widest_dtype(dtypes):
+    f, u, f_dot = make((3, 4))
+    parts = [part.to(dtype) for part, dtype in zip((f, f_dot, u), dtypes, strict=True)]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    assert [part.dtype for part in reweight_dual(*parts)] == [wide, wide]
 
 
 def test_layout_does_not_matter():

@@ -1,5 +1,5 @@
 """Sigmoid-masked features (MFRW)."""
 
-from fastadvisor_kernels.feature_reweighting.reference import reweight_features
+from fastadvisor_kernels.feature_reweighting.operation import reweight_dual, reweight_features
 
-__all__ = ["reweight_features"]
+__all__ = ["reweight_dual", "reweight_features"]

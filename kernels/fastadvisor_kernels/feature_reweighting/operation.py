@@ -1,0 +1,189 @@
+"""``reweight_features`` and ``reweight_dual``: dispatch, gradients, and the operation of torch.library."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadvisor_kernels.dispatch import by_triton, no_forward_mode, no_tangents
+from fastadvisor_kernels.feature_reweighting import reference
+
+NAME = "reweight_features"
+
+
+def reweight_features(f_BD: Tensor, u_BD: Tensor, *, inplace: bool = False) -> Tensor:
+    """Return f ⊙ σ(u): features masked by the advisor (paper eq. 3). One launch forward, one backward, on a GPU.
+
+    Differentiable twice in f and u.
+
+    Args:
+        f_BD: (..., D) features, any float dtype.
+        u_BD: (..., D) the advisor's output before the sigmoid, any float dtype.
+        inplace: write the result over ``f_BD`` and return it. The gradient of u is then computed from the result: in half
+            precision it is rounded once more. As with any operation in place, whoever needs ``f_BD`` as it was fails in its
+            backward pass.
+
+    Returns:
+        (..., D) in the dtype of ``f_BD``; the product is taken in float32 at least.
+
+    Raises:
+        ValueError: shapes that differ.
+        NotImplementedError: f or u carries a forward-mode tangent, on a GPU or in place.
+    """
+    reference.check_shapes(f_BD, u_BD)
+    if not by_triton(f_BD) and not inplace:
+        return reference.reweight_features(f_BD, u_BD)
+    if torch.compiler.is_compiling():  # a compiler finds out by itself what can be overwritten
+        h_BD = reweight_op(f_BD, None, u_BD)[0] if by_triton(f_BD) else reference.reweight_features(f_BD, u_BD)
+        return f_BD.copy_(h_BD) if inplace else h_BD
+    return Reweight.apply(f_BD, None, u_BD, inplace)[0]
+
+
+def reweight_dual(f_BD: Tensor, f_dot_BD: Tensor, u_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return f ⊙ σ(u) and ḟ ⊙ σ(u), the masked features and their derivative along a direction in the backbone's weights.
+
+    One launch forward, one backward, on a GPU: the mask is read once. Differentiable twice in all three.
+
+    Args:
+        f_BD: (..., D) features, any float dtype.
+        f_dot_BD: (..., D) their tangent, a plain tensor.
+        u_BD: (..., D) the advisor's output before the sigmoid.
+
+    Returns:
+        (..., D) twice, in the dtype that holds all three, float32 at least.
+
+    Raises:
+        ValueError: shapes that differ.
+        NotImplementedError: one carries a forward-mode tangent, on a GPU.
+    """
+    reference.check_shapes(f_BD, f_dot_BD, u_BD)
+    if not by_triton(f_BD):
+        return reference.reweight_dual(f_BD, f_dot_BD, u_BD)
+    if torch.compiler.is_compiling():
+        return reweight_op(f_BD, f_dot_BD, u_BD)
+    h_BD, h_dot_BD = Reweight.apply(f_BD, f_dot_BD, u_BD, False)
+    return h_BD, h_dot_BD
+
+
+def _reweight(f: Tensor, f_dot: Tensor | None, u: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """Return h, and ḣ, (0,) without ḟ."""
+    no_tangents(NAME, f, f_dot, u)
+    if by_triton(f):
+        from fastadvisor_kernels.feature_reweighting.plan import plan_reweight
+
+        launch, h, h_dot = plan_reweight(f, f_dot, u, inplace=inplace)
+        launch.run()
+    elif f_dot is None:
+        h, h_dot = reference.reweight_features(f, u), None
+    else:
+        h, h_dot = reference.reweight_dual(f, f_dot, u)
+    if inplace and h is not f:
+        h = f.copy_(h)
+    return h, h.new_empty(0) if h_dot is None else h_dot
+
+
+def _gradients(
+    grad: Tensor,
+    grad_dot: Tensor,
+    f: Tensor,
+    f_dot: Tensor | None,
+    u: Tensor,
+    of_f: bool,
+    of_f_dot: bool,
+    of_u: bool,
+    masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of f, ḟ and u, (0,) for one that is not wanted."""
+    no_tangents(f"The gradient of {NAME}", grad, grad_dot, f, f_dot, u)
+    above_dot = None if f_dot is None else grad_dot
+    if by_triton(f):
+        from fastadvisor_kernels.feature_reweighting.plan import Wanted, plan_reweight_gradients
+
+        launch, *found = plan_reweight_gradients(grad, above_dot, f, f_dot, u, Wanted(of_f, of_f_dot, of_u), masked=masked)
+        launch.run()
+    else:
+        found = list(reference.gradients(grad, above_dot, f, f_dot, u, masked=masked))
+    f_grad, f_dot_grad, u_grad = (
+        part if wanted and part is not None else f.new_empty(0)
+        for part, wanted in zip(found, (of_f, of_f_dot, of_u), strict=True)
+    )
+    return f_grad, f_dot_grad, u_grad
+
+
+class Reweight(torch.autograd.Function):
+    """The masks with their gradients, once by the kernel, and twice by plain torch."""
+
+    @staticmethod
+    def forward(f: Tensor, f_dot: Tensor | None, u: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+        """See :func:`_reweight`."""
+        return _reweight(f, f_dot, u, inplace)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the inputs; in place the result, which is what there is."""
+        f, f_dot, u, *inplace = inputs
+        ctx.masked = bool(inplace and inplace[0])
+        if ctx.masked:
+            ctx.mark_dirty(f)
+        ctx.save_for_backward(output[0] if ctx.masked else f, f_dot, u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_dot: Tensor) -> tuple[Any, ...]:
+        """One launch; where the gradient's own gradient is wanted, formulas that autograd can follow."""
+        if torch.is_grad_enabled():
+            f, f_dot, u = ctx.saved_tensors
+            above_dot = None if f_dot is None else grad_dot
+            return (*reference.gradients(grad, above_dot, f, f_dot, u, masked=ctx.masked), None)
+        return (*_backward(ctx, grad, grad_dot, _gradients), None)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        """Raise: a NotImplementedError."""
+        raise NotImplementedError(no_forward_mode(NAME))
+
+
+def _backward(ctx: Any, grad: Tensor, grad_dot: Tensor, call: Any) -> tuple[Any, ...]:
+    wanted = ctx.needs_input_grad[:3]
+    found = call(grad, grad_dot, *ctx.saved_tensors, *wanted, ctx.masked)
+    return tuple(part if needed else None for part, needed in zip(found, wanted, strict=True))
+
+
+reweight_op = torch.library.custom_op(
+    "fastadvisor::reweight", _reweight, mutates_args=(), schema="(Tensor f, Tensor? f_dot, Tensor u) -> (Tensor, Tensor)"
+)
+gradients_op = torch.library.custom_op(
+    "fastadvisor::reweight_backward",
+    _gradients,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor grad_dot, Tensor f, Tensor? f_dot, Tensor u, bool of_f, bool of_f_dot, bool of_u, bool masked)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@reweight_op.register_fake
+def _(f: Tensor, f_dot: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
+    if f_dot is None:
+        return f.new_empty(f.shape), f.new_empty(0)
+    dtype = reference.widest(f, f_dot, u)
+    return f.new_empty(f.shape, dtype=dtype), f.new_empty(f.shape, dtype=dtype)
+
+
+@gradients_op.register_fake
+def _(
+    grad: Tensor,
+    grad_dot: Tensor,
+    f: Tensor,
+    f_dot: Tensor | None,
+    u: Tensor,
+    of_f: bool,
+    of_f_dot: bool,
+    of_u: bool,
+    masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    f_dot_grad = f_dot.new_empty(f.shape) if f_dot is not None and of_f_dot else f.new_empty(0)
+    return f.new_empty(f.shape if of_f else 0), f_dot_grad, u.new_empty(f.shape) if of_u else f.new_empty(0)
+
+
+reweight_op.register_autograd(
+    lambda ctx, grad, grad_dot: _backward(ctx, grad, grad_dot, gradients_op), setup_context=Reweight.setup_context
+)
