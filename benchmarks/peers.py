@@ -20,6 +20,7 @@ from fastadvisor.metagrad import Precision
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
 from fastadvisor.step import StepResult
+from fastadvisor_kernels import Beta
 
 Classifier = Callable[..., Tensor]
 """(B, 3, H, W) images → (B, C) logits; with ``features=True`` → (B, D) features."""
@@ -56,9 +57,7 @@ class Textbook:
             logits = self.model(train.images)
         return cross_entropy(_at_least_float32(logits), train.labels, reduction="none")
 
-    def virtual_loss(
-        self, classifier: Classifier, head: nn.Module, train: Batch, loss_pre: Tensor, draw: float | Tensor | None
-    ) -> Tensor:
+    def virtual_loss(self, classifier: Classifier, head: nn.Module, train: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """Second forward pass: L(w; θ), a scalar with a graph to the weights and to the advisor."""
         with self.precision():
             features = classifier(train.images, features=True)
@@ -66,7 +65,7 @@ class Textbook:
         with self.precision():
             return self.method.loss(features, train.labels, head, advice)
 
-    def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: float | Tensor | None) -> Tensor:
+    def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """(b) Virtual-Train and (c) Lmeta(w'), a scalar with a second-order graph to the advisor."""
         loss = self.virtual_loss(self.model, self.model.head, train, loss_pre, draw)
         weights = dict(self.model.named_parameters())
@@ -77,7 +76,7 @@ class Textbook:
             logits = functional_call(self.model, virtual, (meta.images,))
         return cross_entropy(_at_least_float32(logits), meta.labels)
 
-    def actual_train(self, train: Batch, loss_pre: Tensor, draw: float | Tensor | None) -> Tensor:
+    def actual_train(self, train: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """(d) Third forward pass, with the updated advisor; returns the loss."""
         with self.precision():
             features = self.model(train.images, features=True)
@@ -97,7 +96,7 @@ class Textbook:
 class Higher(Textbook):
     """The virtual step by ``higher.innerloop_ctx``: a functional copy of the model and a differentiable SGD."""
 
-    def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: float | Tensor | None) -> Tensor:
+    def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """(b) and (c) inside the library's context."""
         import higher
 
@@ -113,7 +112,7 @@ class Higher(Textbook):
 class TorchOpt(Textbook):
     """The virtual step by ``torchopt.MetaSGD``, which swaps the model's parameters for differentiable ones."""
 
-    def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: float | Tensor | None) -> Tensor:
+    def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """(b) and (c) between taking the model's parameters down and putting them back."""
         import torchopt
 

@@ -16,6 +16,7 @@ from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.tangent import Tape
 from fastadvisor.methods.base import Advice, Method
 from fastadvisor.models import Cut, Entering, SplitClassifier
+from fastadvisor_kernels import Beta
 
 Precision = Callable[[], AbstractContextManager[None]]
 """Makes the autocast context that forward passes of the classifier run in."""
@@ -40,7 +41,7 @@ class SharedForward:
     loss_pre: Tensor
     """(B,) plain cross-entropy on unmasked features (Algorithm 1, Loss pre-calculation); with a graph only where the
     advisor's inputs are attached."""
-    draw: float | Tensor | None
+    draw: Beta
     """The method's random numbers of this iteration."""
     start: Entering
     """The images, and the random state the pass began with, so that the tangent pass drops the same units."""

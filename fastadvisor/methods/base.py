@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fastadvisor.config import MethodConfig
-from fastadvisor_kernels import mes_cross_entropy, reweight_features
-from fastadvisor_kernels.equalization_softmax import log_weights
+from fastadvisor_kernels import Beta, mes_cross_entropy, reweight_dual, reweight_features, tangent_loss
 
 
 class Advice(NamedTuple):
@@ -23,7 +22,7 @@ class Advice(NamedTuple):
     """u (B, D): features become f ⊙ σ(u)."""
     equalisation: Tensor | None = None
     """v (B, C): class k weighs 1 − β σ(v_k) in the softmax."""
-    beta: float | Tensor | None = None
+    beta: Beta = None
     """As in ``mes_cross_entropy``."""
     weight: Tensor | None = None
     """(B,) factor of each sample's loss."""
@@ -89,11 +88,11 @@ class Method:
         """Return the parts of the run, whose shares sum to 1."""
         return [Phase()]
 
-    def draw(self, labels: Tensor) -> float | Tensor | None:
+    def draw(self, labels: Tensor) -> Beta:
         """Return this iteration's random numbers, shared by Virtual-Train and Actual-Train."""
         return None
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
+    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
         """Return the advice on a batch, with a graph to the advisor's parameters.
 
         The inputs are constants, unless ``--advisor-inputs attached``: then a graph to them too.
@@ -154,27 +153,20 @@ def closed_tangent(
     the head's parameters. ȧ and ẇ only where the advice moves.
     """
     dtype = head.weight.dtype
-    h, h_dot = f.primal.to(dtype), f.tangent.to(dtype)
-    if advice.mask is not None:
-        mask = torch.sigmoid(advice.mask)
-        h_dot = mask * h_dot
+    if advice.mask is None:
+        h, h_dot = f.primal.to(dtype), f.tangent.to(dtype)
+    else:
+        h, h_dot = reweight_dual(f.primal, f.tangent, advice.mask)
         if advice_tangent.mask is not None:
-            h_dot = h_dot + mask * (1 - mask) * advice_tangent.mask * h
-        h = mask * h
+            mask = torch.sigmoid(advice.mask)
+            h_dot = h_dot + mask * (1 - mask) * advice_tangent.mask * f.primal.to(dtype)
     z, z_dot = _logits(head, h, h_dot, head_tangent)
-    target, target_dot = (part.gather(1, labels[:, None]).squeeze(1) for part in (z, z_dot))
-    if advice.equalisation is not None:
-        log_weight = log_weights(advice.equalisation, labels, advice.beta)
-        z = z + log_weight
-        if advice_tangent.equalisation is not None:  # a_k depends on v_k alone, so its derivatives are those of the sum
-            (slope,) = torch.autograd.grad(log_weight.sum(), advice.equalisation, create_graph=True)
-            z_dot = z_dot + slope * advice_tangent.equalisation
-    loss_dot = (torch.softmax(z, dim=1) * z_dot).sum(dim=1) - target_dot
+    loss_dot = tangent_loss(z, z_dot, advice.equalisation, labels, advice.beta, advice_tangent.equalisation)
     if advice.weight is None:
         return loss_dot.mean()
     loss_dot = advice.weight * loss_dot
     if advice_tangent.weight is not None:
-        loss_dot = loss_dot + advice_tangent.weight * (torch.logsumexp(z, dim=1) - target)
+        loss_dot = loss_dot + advice_tangent.weight * mes_cross_entropy(z, advice.equalisation, labels, advice.beta)
     return loss_dot.mean()
 
 
@@ -182,7 +174,7 @@ def loss_tangent(f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTan
     """Return the tangent of the plain cross-entropy per sample (B,): Σ_k p_k ż_k − ż_y."""
     dtype = head.weight.dtype
     z, z_dot = _logits(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
-    return (torch.softmax(z, dim=1) * z_dot).sum(dim=1) - z_dot.gather(1, labels[:, None]).squeeze(1)
+    return tangent_loss(z, z_dot, None, labels)
 
 
 def _logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.methods.base import Advice, Method
+from fastadvisor_kernels import Beta
 
 
 class L2RW(Method):
@@ -37,7 +38,7 @@ class L2RW(Method):
         """Forget the last batch."""
         self._weight_B = None
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
+    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
         """Return ε before Meta-Train, the learnt weights after it."""
         if self._weight_B is None:
             self._weight_B = torch.zeros_like(loss_B, requires_grad=True)

@@ -5,6 +5,7 @@ from torch import Tensor
 from fastadvisor.advisor import Advisor
 from fastadvisor.config import MethodConfig
 from fastadvisor.methods.base import Advice, Method
+from fastadvisor_kernels import Beta
 
 
 class MFRW(Method):
@@ -14,7 +15,7 @@ class MFRW(Method):
         super().__init__(config, features, classes)
         self.advisor = Advisor(features, classes, config.advisor_width, mask=True, equalisation=False)
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
+    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
         """Return the mask."""
         assert self.advisor is not None
         u_BD, _ = self.advisor(f_BD, loss_B)

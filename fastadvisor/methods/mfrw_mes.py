@@ -6,6 +6,7 @@ from fastadvisor.advisor import Advisor
 from fastadvisor.config import MethodConfig
 from fastadvisor.methods.base import Advice, Method
 from fastadvisor.methods.beta import draw_beta
+from fastadvisor_kernels import Beta
 
 
 class MFRWMES(Method):
@@ -15,11 +16,11 @@ class MFRWMES(Method):
         super().__init__(config, features, classes)
         self.advisor = Advisor(features, classes, config.advisor_width, mask=True, equalisation=True)
 
-    def draw(self, labels: Tensor) -> float | Tensor:
+    def draw(self, labels: Tensor) -> Beta:
         """Return this iteration's β."""
         return draw_beta(self.config, labels, self.classes)
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
+    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
         """Return mask and equalisation."""
         assert self.advisor is not None
         u_BD, v_BC = self.advisor(f_BD, loss_B)

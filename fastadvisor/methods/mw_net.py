@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.methods.base import Advice, Method
+from fastadvisor_kernels import Beta
 
 
 class MWNet(Method):
@@ -19,7 +20,7 @@ class MWNet(Method):
         width = config.advisor_width
         self.advisor = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: float | Tensor | None) -> Advice:
+    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
         """Return one weight a sample."""
         assert self.advisor is not None
         weight_B = self.advisor(loss_B[:, None]).squeeze(1)
