@@ -4,14 +4,19 @@ import torch
 from torch import Tensor
 
 from fastadvisor.config import MethodConfig
+from fastadvisor_kernels import Bernoulli, Beta
+from fastadvisor_kernels.dispatch import by_triton
 
 
-def draw_beta(config: MethodConfig, labels: Tensor, classes: int) -> float | Tensor:
+def draw_beta(config: MethodConfig, labels: Tensor, classes: int) -> Beta:
     """Draw β ~ Bernoulli(ρ) for a batch: (B, C), (B, 1) or (1, 1) of {0, 1} by ``beta_draw``; ρ itself for 'expected'.
 
-    The default draws per sample and class, as the only public softmax-EQL implementation does.
+    The default draws per sample and class, as the only public softmax-EQL implementation does. Where Triton computes, it
+    draws a seed: the kernels make the mask of it where they need it, and nothing of size (B, C) is stored.
     """
     if config.beta_draw == "expected":
         return config.beta_probability
+    if config.beta_draw == "class" and by_triton(labels):
+        return Bernoulli.draw(config.beta_probability, labels.device)
     shape = {"class": (len(labels), classes), "sample": (len(labels), 1), "batch": (1, 1)}[config.beta_draw]
     return (torch.rand(shape, device=labels.device) < config.beta_probability).float()
