@@ -72,7 +72,7 @@ def mes_cross_entropy_with_gradients(
     label_smoothing: float = 0.0,
     of_v: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the losses and their gradients at once: a single launch on a GPU where C ≤ 4096 (float64: 2048).
+    """Return the losses and their gradients at once: a single launch on a GPU where C ≤ 4096 (float64: 1024).
 
     For callers who know the gradient that comes from above before they have the loss (1/B for a mean), as in
     ``z.backward(z_grad)``: the backward pass reads z and v once less. The results are constants to autograd.

@@ -40,24 +40,24 @@ class Tile(NamedTuple):
 
 
 def loss_tile(rows: int, classes: int, dtype: torch.dtype) -> Tile:
-    """Return the tile of a pass that sums over the classes: sixteen elements a thread.
+    """Return the tile of a pass that sums over the classes: sixteen elements a thread, eight in float64 (more would spill).
 
     A table, not an autotuner, which would wait for the device at its first call and could not be captured in a CUDA graph.
     ``python -m benchmarks.kernels --tune`` measures its neighbours.
     """
-    largest = 2048 if dtype == torch.float64 else 4096
+    largest, each = (1024, 8) if dtype == torch.float64 else (4096, 16)
     block = max(16, power_of_two(classes))
     if block <= largest:
-        return Tile(max(1, 1024 // block), block, max(block, 1024) // 512)
+        return Tile(max(1, 1024 // block), block, max(block, 1024) // (32 * each))
     pieces = blocks(classes, largest)
     segments = min(pieces, power_of_two(blocks(PROGRAMS, max(rows, 1))))
     chunks = blocks(pieces, segments)
-    return Tile(1, largest, 8, chunks, blocks(pieces, chunks))
+    return Tile(1, largest, largest // (32 * each), chunks, blocks(pieces, chunks))
 
 
 def gradient_tile(classes: int, dtype: torch.dtype) -> Tile:
-    """Return the tile of an elementwise pass: sixteen elements a thread, eight in float64."""
-    largest = 1024 if dtype == torch.float64 else 2048
+    """Return the tile of an elementwise pass: sixteen elements a thread, four in float64."""
+    largest = 512 if dtype == torch.float64 else 2048
     block = min(max(16, power_of_two(classes)), largest)
     return Tile(largest // block, block, 4)
 

@@ -1,6 +1,6 @@
 """Which launches the re-weighting takes: arguments and outputs."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -10,8 +10,6 @@ from fastadvisor_kernels.feature_reweighting.reference import widest
 from fastadvisor_kernels.feature_reweighting.triton import reweight_gradient_kernel, reweight_kernel
 from fastadvisor_kernels.launch import Launch, blocks, fast_math
 
-BLOCK = 1024
-"""Elements a program, eight a thread."""
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -42,9 +40,9 @@ def plan_reweight(f: Tensor, f_dot: Tensor | None, u: Tensor, *, inplace: bool) 
     arguments = {
         "f_ptr": features.tensor, "f_dot_ptr": features_dot.tensor, "u_ptr": outputs.tensor, "h_ptr": h, "h_dot_ptr": h_dot,
         "count": f.numel(), "D": width(f), "F_ROW": features.row, "F_DOT_ROW": features_dot.row, "U_ROW": outputs.row,
-        "H_ROW": features.row if inplace else 0, "ACC": ACC[dtype], "FAST": fast_math(dtype), "BLOCK": BLOCK,
+        "H_ROW": features.row if inplace else 0, "ACC": ACC[dtype], "FAST": fast_math(dtype),
     }  # fmt: skip
-    return Launch(reweight_kernel, (blocks(f.numel(), BLOCK),), arguments), h, h_dot
+    return _launch(reweight_kernel, arguments), h, h_dot
 
 
 class Wanted(NamedTuple):
@@ -69,9 +67,17 @@ def plan_reweight_gradients(
         "u_ptr": outputs.tensor, "f_grad_ptr": f_grad, "f_dot_grad_ptr": f_dot_grad, "u_grad_ptr": u_grad, "count": f.numel(),
         "D": width(f), "GRAD_ROW": above.row, "GRAD_DOT_ROW": above_dot.row, "F_ROW": features.row,
         "F_DOT_ROW": features_dot.row, "U_ROW": outputs.row, "MASKED": masked, "ACC": ACC[dtype], "FAST": fast_math(dtype),
-        "BLOCK": BLOCK,
     }  # fmt: skip
-    return Launch(reweight_gradient_kernel, (blocks(f.numel(), BLOCK),), arguments), f_grad, f_dot_grad, u_grad
+    return _launch(reweight_gradient_kernel, arguments), f_grad, f_dot_grad, u_grad
+
+
+def _launch(kernel: Any, arguments: dict[str, Any]) -> Launch:
+    """Return a launch of eight elements a thread, four where their places take a division: more would spill."""
+    count, flat = arguments["count"], not any(row for name, row in arguments.items() if name.endswith("_ROW"))
+    size = 1024 if flat else 512
+    # Whether the elements' numbers take 64 bits; few do, and to divide them takes long.
+    sizes = {"BLOCK": size, "WIDE": count + size >= 2**31}
+    return Launch(kernel, (blocks(count, size),), arguments | sizes)
 
 
 def width(f: Tensor) -> int:

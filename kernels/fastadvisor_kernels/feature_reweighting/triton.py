@@ -18,18 +18,25 @@ def mask(u, FAST: tl.constexpr):
 @triton.jit
 def place(offset, ROW: tl.constexpr, D: tl.constexpr):
     """Return where the element ``offset`` of (…, D) lies in a tensor whose rows are ROW apart; ROW = 0: one after the other."""
-    if ROW == 0:
-        return offset
-    return offset // D * ROW + offset % D
+    return offset if ROW == 0 else (offset // D).to(tl.int64) * ROW + offset % D
+
+
+@triton.jit
+def offsets(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Return this program's elements; in 64 bits (WIDE) only where they are that many, as a division takes much longer then."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    return program * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
 def reweight_kernel(
     f_ptr, f_dot_ptr, u_ptr, h_ptr, h_dot_ptr, count,
     D: tl.constexpr, F_ROW: tl.constexpr, F_DOT_ROW: tl.constexpr, U_ROW: tl.constexpr, H_ROW: tl.constexpr,
-    ACC: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = offsets(BLOCK, WIDE)
     inside = offset < count
     w, _ = mask(tl.load(u_ptr + place(offset, U_ROW, D), mask=inside, other=0.0).to(ACC), FAST)
     f = tl.load(f_ptr + place(offset, F_ROW, D), mask=inside, other=0.0).to(ACC)
@@ -43,9 +50,10 @@ def reweight_kernel(
 def reweight_gradient_kernel(
     grad_ptr, grad_dot_ptr, f_ptr, f_dot_ptr, u_ptr, f_grad_ptr, f_dot_grad_ptr, u_grad_ptr, count,
     D: tl.constexpr, GRAD_ROW: tl.constexpr, GRAD_DOT_ROW: tl.constexpr, F_ROW: tl.constexpr, F_DOT_ROW: tl.constexpr,
-    U_ROW: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr,
+    U_ROW: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = offsets(BLOCK, WIDE)
     inside = offset < count
     w, rest = mask(tl.load(u_ptr + place(offset, U_ROW, D), mask=inside, other=0.0).to(ACC), FAST)
     grad = tl.load(grad_ptr + place(offset, GRAD_ROW, D), mask=inside, other=0.0).to(ACC)
