@@ -18,7 +18,7 @@ OUTPUT_OPTIONS = ("--json", "--markdown")
 def about() -> dict[str, Any]:
     """Return versions, hardware and commit as plain values."""
     versions: dict[str, str | None] = {}
-    for package in ("higher", "torchopt"):
+    for package in ("higher", "torchopt", "liger-kernel"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def command(arguments: Sequence[str]) -> str:
+def command(arguments: Sequence[str], module: str = "benchmarks.step") -> str:
     """Return the command to repeat a measurement with, without the options that only say where its figures go."""
     kept: list[str] = []
     skip = False
@@ -54,7 +54,7 @@ def command(arguments: Sequence[str]) -> str:
         if not skip and argument not in OUTPUT_OPTIONS and not argument.startswith(tuple(f"{o}=" for o in OUTPUT_OPTIONS)):
             kept.append(argument)
         skip = argument in OUTPUT_OPTIONS
-    return shlex.join(["python", "-m", "benchmarks.step", *kept])
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def report(result: dict[str, Any]) -> str:

@@ -1,5 +1,11 @@
 """What only a GPU can show. Skipped, saying so, where there is none."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +13,8 @@ from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.trainer import Trainer, train_config
+from fastadvisor_kernels import Bernoulli, backend, mes_cross_entropy, reweight_features, tangent_loss
+from tests.kernels.exercise import exercise
 from tests.metagrad.problem import Problem, plain, problem, relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
@@ -60,3 +68,85 @@ def test_a_run_and_its_memory(tmp_path):
         resolve(Config, epochs=2, amp=True, approx_meta=True, output=str(result.folder), resume=True, **QUIET)
     )
     assert resumed.summary["test_top1"] == result.summary["test_top1"]
+
+
+def test_kernels_in_a_cuda_graph_draw_anew_at_each_replay():
+    generator = torch.Generator("cuda").manual_seed(0)
+    z, z_dot, v, u = (torch.randn(128, 1000, generator=generator, device="cuda").requires_grad_() for _ in range(4))
+    y = torch.randint(1000, (128,), generator=generator, device="cuda")
+
+    def step():
+        beta = Bernoulli.draw(0.5, "cuda")
+        h = reweight_features(z, u)
+        loss = mes_cross_entropy(h, v, y, beta, reduction="mean") + tangent_loss(h, z_dot, v, y, beta, reduction="mean")
+        return beta.seed, loss, *torch.autograd.grad(loss, (z, z_dot, v, u))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seed, *got = step()
+    seeds = set()
+    for _ in range(3):
+        graph.replay()
+        seeds.add(int(seed))
+        beta = Bernoulli(0.5, seed.clone())
+        with backend("reference"):
+            h = reweight_features(z, u)
+            loss = mes_cross_entropy(h, v, y, beta, reduction="mean") + tangent_loss(h, z_dot, v, y, beta, reduction="mean")
+            want = [loss.detach(), *torch.autograd.grad(loss, (z, z_dot, v, u))]
+        torch.testing.assert_close([part.detach() for part in got], want, rtol=1e-4, atol=1e-6)
+    assert len(seeds) == 3
+
+
+def test_kernels_never_wait_for_the_device():
+    exercise("cuda")  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        exercise("cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_kernels_under_deterministic_algorithms():
+    """torch then fills whatever is allocated empty with NaN: an element that is not written shows."""
+    z, v = (torch.randn(33, 1023, device="cuda").requires_grad_() for _ in range(2))
+    y = torch.randint(1023, (33,), device="cuda")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = []
+        for _ in range(2):
+            loss = mes_cross_entropy(z, v, y, 0.9, reduction="mean")
+            results.append([loss.detach(), *torch.autograd.grad(loss, (z, v))])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for first, second in zip(*results, strict=True):
+        assert first.isfinite().all()
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_on_another_device_than_the_current_one():
+    z = torch.randn(5, 7, device="cuda:1")
+    loss = mes_cross_entropy(z, z, torch.zeros(5, dtype=torch.long, device="cuda:1"))
+    with backend("reference"):
+        torch.testing.assert_close(loss, mes_cross_entropy(z, z, torch.zeros(5, dtype=torch.long, device="cuda:1")))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.kernels.exercise"]
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=300)
+    if "not supported" in done.stdout:
+        pytest.skip("compute-sanitizer refuses this device")
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -19,6 +19,7 @@ from fastadvisor_kernels import (
     tangent_loss,
 )
 from tests.kernels.cases import DEVICE, make, make_beta
+from tests.kernels.exercise import exercise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
@@ -195,6 +196,11 @@ def test_the_kernels_can_be_differentiated_twice(kind):
         ):
             assert gradcheck(function, inputs, fast_mode=True)
             assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_what_the_sanitizer_looks_at_runs():
+    with backend("triton"):
+        exercise(DEVICE)
 
 
 def test_the_backend_of_a_block():

@@ -1,0 +1,1 @@
+"""The kernels against plain torch, the compiler, and what others have: ``python -m benchmarks.kernels``."""
