@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Unavailable
-from benchmarks.kernels import timing
+from benchmarks.kernels import epilogue, timing
 from benchmarks.kernels.contenders import OPERATIONS, Contender, Function, Inputs, Operation, check
 from benchmarks.kernels.report import report
 from benchmarks.kernels.tune import tune
@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with timing.side_stream(device):
         if plan.tune:
             result["tiles"] = tune(device, plan.rounds, plan.seconds)
+            result["epilogue"] = epilogue.measure(device, plan.rounds, timing.Flush(device))
         else:
             plan.flush = timing.Flush(device) if device.type == "cuda" else None
             plan.copy_bandwidth = timing.copy_bandwidth(device, 1024 if device.type == "cuda" else 128)

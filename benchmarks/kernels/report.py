@@ -21,7 +21,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['rounds']} rounds in turn.",
     ]
     if "tiles" in result:
-        return "\n".join([*lines, "", *tiles(result["tiles"])])
+        return "\n".join([*lines, "", *tiles(result["tiles"]), "", *epilogues(result["epilogue"])])
     if result["device"] == "cpu":
         lines += [
             "",
@@ -96,3 +96,11 @@ def tiles(found: list[dict[str, Any]]) -> Iterator[str]:
             f"| {entry['kernel']} | {entry['dtype']} | {entry['batch']} × {entry['classes']} | {entry['own']} | "
             f"{entry['own_us']:.1f} | {entry['best']} | {entry['best_us']:.1f} |"
         )
+
+
+def epilogues(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of the candidate for the advisor's output layer."""
+    yield "| B × D | output layer, then re-weighting, µs | with the epilogue, µs |"
+    yield "|---|---|---|"
+    for entry in found:
+        yield f"| {entry['batch']} × {entry['features']} | {entry['separate']:.1f} | {entry['epilogue']:.1f} |"
