@@ -1,8 +1,8 @@
 """A candidate, not yet kept: the advisor's output layer with bias, sigmoid and re-weighting in one kernel.
 
 h = f ⊙ σ(E Wᵀ + b), u = E Wᵀ + b stored for the backward pass, which stays as it is. It would spare a launch, and reading u
-once. Whether that outweighs a matrix product that is not cuBLAS's has to be measured: ``python -m benchmarks.kernels --tune`` on
-a GPU does.
+once. Whether that outweighs a matrix product that is not cuBLAS's has to be measured: ``python -m benchmarks.kernels --tune``
+on a GPU does.
 Shapes: B samples, K embedding (200), D features.
 """
 

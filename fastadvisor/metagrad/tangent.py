@@ -177,7 +177,9 @@ def batch_norm(
 
 def _affine(x: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
     """Return slope · x + shift, with one of each a channel, in one pass: a normalisation by mean 0 and variance 1."""
-    return F.batch_norm(x, torch.zeros_like(slope), torch.ones_like(slope), slope, shift, False, 0.0, 0.0)
+    # Not F.batch_norm: that of torch 2.11 refuses an eps of 0.
+    mean, var = torch.zeros_like(slope), torch.ones_like(slope)
+    return torch.batch_norm(x, slope, shift, mean, var, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -153,8 +153,9 @@ def reduction_launch(loss: Tensor, y: Tensor, options: Options) -> tuple[Launch,
     """Return the launch that reduces losses (B,), the result (), and for a mean the number of samples in it (1,)."""
     total, count = loss.new_empty(()), loss.new_empty(1) if options.reduction == "mean" else None
     arguments = {"loss_ptr": loss, "y_ptr": y.contiguous(), "out_ptr": total, "count_ptr": count, "rows": len(loss)}
-    constants = {"IGNORE": options.ignore_index, "MEAN": count is not None, "ACC": ACC[loss.dtype], "BLOCK": 1024}
-    return Launch(reduce_kernel, (1,), arguments | constants), total, count
+    constants = {"IGNORE": options.ignore_index, "MEAN": count is not None, "ACC": ACC[loss.dtype]}
+    sizes = {"BLOCK": 1024, "CHUNKS": blocks(len(loss), 1024)}
+    return Launch(reduce_kernel, (1,), arguments | constants | sizes), total, count
 
 
 ACC = {torch.float32: tl.float32, torch.float64: tl.float64}

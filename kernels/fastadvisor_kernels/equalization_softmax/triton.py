@@ -234,12 +234,13 @@ def gradient_kernel(
 
 @triton.jit
 def reduce_kernel(
-    loss_ptr, y_ptr, out_ptr, count_ptr, rows, IGNORE: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
+    loss_ptr, y_ptr, out_ptr, count_ptr, rows,
+    IGNORE: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     total = tl.zeros((BLOCK,), ACC)
     counted = tl.zeros((BLOCK,), ACC)
-    for start in range(0, rows, BLOCK):
-        row = start + tl.arange(0, BLOCK)
+    for chunk in range(CHUNKS):
+        row = chunk * BLOCK + tl.arange(0, BLOCK)
         total += tl.load(loss_ptr + row, mask=row < rows, other=0.0)
         if MEAN:
             counted += (tl.load(y_ptr + row, mask=row < rows, other=IGNORE) != IGNORE).to(ACC)
