@@ -23,7 +23,7 @@ from fastadvisor.models import build_model, check_model
 from fastadvisor.runtime import allocator, checkpoint, memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.logger import TensorBoard
-from fastadvisor.runtime.precision import autocast, pick_device
+from fastadvisor.runtime.precision import autocast, check_kernels, pick_device
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
@@ -60,6 +60,7 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult:
     check_model(config.model)
     check_meta(config, METHODS[config.method], amp=config.amp)
     device = pick_device(config.device)
+    check_kernels(device)
     if config.keep_memory and device.type == "cpu":
         allocator.keep_freed_memory()
     begun = RunFolder.open_for_resume(config.output, config) if config.resume else None

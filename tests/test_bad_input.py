@@ -19,6 +19,7 @@ from PIL import Image
 from fastadvisor import cli
 from fastadvisor.errors import UserError
 from fastadvisor.runtime import memory
+from fastadvisor_kernels import dispatch
 
 QUIET = ["--device", "cpu", "--no-progress", "--no-tensorboard"]
 SMALL = ["--model", "resnet8", "--method", "ce", "--meta-per-class", "2", "--batch-size", "4", "--epochs", "1", *QUIET]
@@ -301,6 +302,15 @@ def test_configuration_files(refused, text, says):
 
 def test_an_output_with_a_run_in_it(refused, run):
     refused([*DIGITS, "--output", run], "Output folder run already holds a run", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("cuda", "one of auto, reference, triton; got 'cuda'"), ("triton", "needs tensors on a GPU")]
+)
+def test_kernels_that_cannot_run(refused, monkeypatch, name, text):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_chosen", name)  # as FASTADVISOR_KERNELS was when Python started
+    refused(folder_args("nowhere", "--device", "cpu"), "FASTADVISOR_KERNELS", text)
 
 
 def test_an_output_is_looked_at_before_the_data(refused, run):

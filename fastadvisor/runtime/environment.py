@@ -49,6 +49,8 @@ def _triton() -> tuple[str, bool, str]:
     if version is None:
         return "triton", False, "not installed: pip install triton (plain torch does its work)"
     # A Triton wheel imports without a driver and fails only at launch, so the import proves nothing.
+    if os.environ.get("FASTADVISOR_KERNELS") == "reference":
+        return "triton", False, f"{version} turned off by FASTADVISOR_KERNELS=reference (plain torch does its work)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "triton", True, f"{version} (interpreter)"
     return ("triton", True, version) if _gpu() else ("triton", False, f"{version} {NO_DRIVER} (plain torch does its work)")

@@ -1,8 +1,9 @@
-"""Which device, and in which precision."""
+"""Which device, in which precision, by which kernels."""
 
 import torch
 
 from fastadvisor.errors import UserError
+from fastadvisor_kernels.dispatch import by_triton
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -25,3 +26,15 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not found:
         raise UserError("No CUDA device is available to torch; use --device cpu or --device auto.")
     return torch.device(name)
+
+
+def check_kernels(device: torch.device) -> None:
+    """Find out, before any work is lost, whether the kernels that ``FASTADVISOR_KERNELS`` asks for can run on ``device``.
+
+    Raises:
+        UserError: they cannot, or there are none of that name.
+    """
+    try:
+        by_triton(torch.empty(0, device=device))
+    except ValueError as error:
+        raise UserError(str(error)) from None

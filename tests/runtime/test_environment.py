@@ -62,6 +62,8 @@ def test_installed_without_a_gpu(machine, monkeypatch):
     assert part("tensorboard") == (True, "1.2.3")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert part("triton") == (True, "1.2.3 (interpreter)")
+    monkeypatch.setenv("FASTADVISOR_KERNELS", "reference")
+    assert part("triton") == (False, "1.2.3 turned off by FASTADVISOR_KERNELS=reference (plain torch does its work)")
 
 
 def test_installed_with_a_gpu(machine):
