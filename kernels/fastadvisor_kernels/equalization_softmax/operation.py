@@ -192,9 +192,7 @@ def _loss_and_gradients(
         run(plan.launches)
         loss, z_grad, v_grad = plan.loss, plan.z_grad, plan.v_grad
     else:
-        loss = reference.mes_cross_entropy(z, v, y, flat.beta(), **options._asdict())
-        grad = torch.ones_like(loss) if grad is None else grad
-        z_grad, v_grad = reference.gradients(grad, z, v, y, flat.beta(), **options._asdict())
+        loss, z_grad, v_grad = reference.loss_and_gradients(z, v, y, grad, flat.beta(), ignore_index, label_smoothing)
     assert z_grad is not None
     return loss, z_grad, z.new_empty(0) if v_grad is None or not of_v else v_grad
 

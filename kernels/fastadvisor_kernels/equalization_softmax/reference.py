@@ -98,11 +98,37 @@ def gradients(
     """
     counted_B, safe_B = split_ignored(y_B, ignore_index)
     p_BC = torch.softmax(weighted_logits(z_BC, v_BC, safe_B, beta), dim=1)
-    grad_B1 = grad_of_each(grad, counted_B, reduction)[:, None]
-    z_grad = (grad_B1 * (p_BC - smoothed_one_hot(p_BC, safe_B, label_smoothing))).to(z_BC.dtype)
+    return _gradients(grad_of_each(grad, counted_B, reduction), p_BC, z_BC, v_BC, safe_B, beta, label_smoothing)
+
+
+def loss_and_gradients(
+    z_BC: Tensor,
+    v_BC: Tensor | None,
+    y_B: Tensor,
+    grad_B: Tensor | None,
+    beta: Beta = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the losses (B,) and the gradients of z and v, the weights computed once."""
+    counted_B, safe_B = split_ignored(y_B, ignore_index)
+    x_BC = weighted_logits(z_BC, v_BC, safe_B, beta)
+    lse_B = torch.logsumexp(x_BC, dim=1)
+    target_B = smoothed_target(z_BC.to(torch.promote_types(z_BC.dtype, torch.float32)), safe_B, label_smoothing)
+    loss_B = reduce(lse_B - target_B, counted_B, "none")
+    grad_B = grad_of_each(torch.ones_like(loss_B) if grad_B is None else grad_B, counted_B, "none")
+    p_BC = torch.exp(x_BC - lse_B[:, None])
+    return loss_B, *_gradients(grad_B, p_BC, z_BC, v_BC, safe_B, beta, label_smoothing)
+
+
+def _gradients(
+    grad_B: Tensor, p_BC: Tensor, z_BC: Tensor, v_BC: Tensor | None, y_B: Tensor, beta: Beta, label_smoothing: float
+) -> tuple[Tensor, Tensor | None]:
+    grad_B1 = grad_B[:, None]
+    z_grad = (grad_B1 * (p_BC - smoothed_one_hot(p_BC, y_B, label_smoothing))).to(z_BC.dtype)
     if v_BC is None:
         return z_grad, None
-    slope_BC = log_weight_slopes(v_BC.to(torch.promote_types(v_BC.dtype, torch.float32)), safe_B, beta)
+    slope_BC = log_weight_slopes(v_BC.to(torch.promote_types(v_BC.dtype, torch.float32)), y_B, beta)
     return z_grad, (grad_B1 * p_BC * slope_BC).to(v_BC.dtype)
 
 
