@@ -29,6 +29,7 @@ from triton.runtime.jit import mangle_type
 from fastadvisor_kernels.bernoulli import Bernoulli
 from fastadvisor_kernels.equalization_softmax import plan as loss_plan
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
+from fastadvisor_kernels.equalization_softmax.reference import Reduction
 from fastadvisor_kernels.feature_reweighting.plan import Wanted, plan_reweight, plan_reweight_gradients
 from fastadvisor_kernels.launch import Launch
 from fastadvisor_kernels.tangent_loss.plan import Inputs, Kept, plan_tangent, plan_tangent_gradients
@@ -56,53 +57,93 @@ class Case(NamedTuple):
 
 
 def cases(beta: str = "drawn") -> Iterator[Case]:
-    """Return every kernel with every tile, on tensors that take no memory; ``beta``: one, fraction, class or drawn."""
+    """Return every kernel with every tile, on tensors that take no memory.
+
+    ``beta``: one, fraction, class or drawn; ``variants``: one tile each of all other ways to call the kernels.
+    """
+    if beta == "variants":
+        yield from variants()
+        return
     for dtype in DTYPES:
-        width = dtype.itemsize
         for classes in CLASSES:
-            z, z_dot, v, v_dot = (torch.empty(ROWS, classes, dtype=dtype, device="meta") for _ in range(4))
-            y = torch.empty(ROWS, dtype=torch.int64, device="meta")
-            flat, options = FlatBeta.of(_beta(beta, classes)), Options("none", -100, 0.1)
-            mask = 4 if beta == "class" else 0
-
-            plan = loss_plan.plan_loss(z, v, y, flat, options)
-            assert plan.lse is not None
-            yield Case("loss", classes, dtype, plan.launches[0], 2 * width + mask)
-            if len(plan.launches) > 1:
-                yield Case("combine", classes, dtype, plan.launches[1], 0)
-            together = loss_plan.plan_loss_and_gradients(z, v, y, flat, options, plan.loss, of_v=True)
-            if len(together.launches) == 1:
-                yield Case("loss with gradients", classes, dtype, together.launches[0], 4 * width + mask)
-            launches, *_ = loss_plan.plan_gradients(plan.loss, z, v, y, plan.lse, None, flat, options, of_z=True, of_v=True)
-            yield Case("gradients", classes, dtype, launches[0], 4 * width + mask)
-
-            inputs = Inputs(z, z_dot, v, v_dot)
-            tangent = plan_tangent(inputs, y, flat, options)
-            yield Case("tangent", classes, dtype, tangent.launches[0], 4 * width + mask)
-            if len(tangent.launches) > 1:
-                yield Case("combine tangent", classes, dtype, tangent.launches[1], 0)
-            kept = Kept(tangent.loss, tangent.lse, tangent.mean, None)
-            launch, _ = plan_tangent_gradients(inputs, y, flat, options, kept, (True, True, True, True))
-            yield Case("tangent gradients", classes, dtype, launch, 8 * width + mask)
+            yield from of_classes(classes, beta, dtype, dtype)
         for features in WIDTHS:
-            f, f_dot, u = (
-                torch.empty(ROWS, features + features % 2, dtype=dtype, device="meta")[:, :features] for _ in range(3)
-            )
-            yield Case("reweight", features, dtype, plan_reweight(f, None, u, inplace=False)[0], 3 * width)
-            yield Case("reweight dual", features, dtype, plan_reweight(f, f_dot, u, inplace=False)[0], 5 * width)
-            pair = plan_reweight_gradients(f, f_dot, f, f_dot, u, Wanted(True, True, True), masked=False)[0]
-            yield Case("reweight dual gradients", features, dtype, pair, 8 * width)
-            single = plan_reweight_gradients(f, None, f, None, u, Wanted(True, False, True), masked=False)[0]
-            yield Case("reweight gradients", features, dtype, single, 5 * width)
+            yield from of_features(features, dtype, dtype)
         losses = torch.empty(ROWS, dtype=torch.promote_types(dtype, torch.float32), device="meta")
         labels = torch.empty(ROWS, dtype=torch.int64, device="meta")
         yield Case("reduce", 1, dtype, loss_plan.reduction_launch(losses, labels, Options("mean"))[0], 0)
 
 
+def variants() -> Iterator[Case]:
+    """Return mixed dtypes, every kind of β, no v, means and features in place, at a size that has no row in the table."""
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for z_dtype, v_dtype in ((half, single), (single, torch.float16), (double, half), (half, double), (double, single)):
+        yield from of_classes(1008, "drawn", z_dtype, v_dtype)
+        yield from of_features(2064, z_dtype, v_dtype)
+    for beta in ("one", "fraction", "class", "bool", "row", "batch", "v is None"):
+        yield from of_classes(1008, beta, single, single, reduction="mean")
+        yield from of_classes(40_000, beta, half, half, reduction="mean")
+    f, u = (torch.empty(ROWS, 2064, dtype=half, device="meta") for _ in range(2))
+    yield Case("reweight", 2064, half, plan_reweight(f, None, u, inplace=True)[0], 0)
+    launch, *_ = plan_reweight_gradients(f, None, f, None, u, Wanted(True, False, True), masked=True)
+    yield Case("reweight gradients", 2064, half, launch, 0)
+
+
+def of_classes(
+    classes: int, beta: str, dtype: torch.dtype, v_dtype: torch.dtype, reduction: Reduction = "none"
+) -> Iterator[Case]:
+    """Return the kernels of the loss and its derivative for (128, ``classes``)."""
+    z, z_dot = (torch.empty(ROWS, classes, dtype=dtype, device="meta") for _ in range(2))
+    v, v_dot = (None if beta == "v is None" else torch.empty(ROWS, classes, dtype=v_dtype, device="meta") for _ in range(2))
+    y = torch.empty(ROWS, dtype=torch.int64, device="meta")
+    flat, options = FlatBeta.of(_beta(beta, classes)), Options(reduction, -100, 0.1)
+    z_bytes, v_bytes, mask = dtype.itemsize, v_dtype.itemsize, 4 if beta == "class" else 0
+    both = z_bytes + v_bytes
+
+    plan = loss_plan.plan_loss(z, v, y, flat, options)
+    assert plan.lse is not None
+    count = plan.lse[:1] if reduction == "mean" else None
+    yield Case("loss", classes, dtype, plan.launches[0], both + mask)
+    if plan.launches[0].arguments["SEGMENTS"] > 1:
+        yield Case("combine", classes, dtype, plan.launches[1], 0)
+    together = loss_plan.plan_loss_and_gradients(z, v, y, flat, options, plan.lse, of_v=True)
+    if len(together.launches) == 1:
+        yield Case("loss with gradients", classes, dtype, together.launches[0], 2 * both + mask)
+    launches, *_ = loss_plan.plan_gradients(plan.loss, z, v, y, plan.lse, count, flat, options, of_z=True, of_v=True)
+    yield Case("gradients", classes, dtype, launches[0], 2 * both + mask)
+
+    inputs = Inputs(z, z_dot, v, v_dot)
+    tangent = plan_tangent(inputs, y, flat, options)
+    yield Case("tangent", classes, dtype, tangent.launches[0], 2 * both + mask)
+    if tangent.launches[0].arguments["SEGMENTS"] > 1:
+        yield Case("combine tangent", classes, dtype, tangent.launches[1], 0)
+    kept = Kept(tangent.loss, tangent.lse, tangent.mean, count)
+    launch, _ = plan_tangent_gradients(inputs, y, flat, options, kept, (True, True, True, True))
+    yield Case("tangent gradients", classes, dtype, launch, 4 * both + mask)
+
+
+def of_features(features: int, dtype: torch.dtype, u_dtype: torch.dtype) -> Iterator[Case]:
+    """Return the kernels of the re-weighting for (128, ``features``), of a tensor with one more column where that is odd."""
+    whole = features + features % 2
+    f, f_dot = (torch.empty(ROWS, whole, dtype=dtype, device="meta")[:, :features] for _ in range(2))
+    u = torch.empty(ROWS, whole, dtype=u_dtype, device="meta")[:, :features]
+    launch, h, h_dot = plan_reweight(f, f_dot, u, inplace=False)
+    f_bytes, u_bytes, h_bytes = dtype.itemsize, u_dtype.itemsize, h.dtype.itemsize
+    yield Case("reweight", features, dtype, plan_reweight(f, None, u, inplace=False)[0], 2 * f_bytes + u_bytes)
+    yield Case("reweight dual", features, dtype, launch, 2 * f_bytes + u_bytes + 2 * h_bytes)
+    pair = plan_reweight_gradients(h, h_dot, f, f_dot, u, Wanted(True, True, True), masked=False)[0]
+    yield Case("reweight dual gradients", features, dtype, pair, 4 * f_bytes + 2 * u_bytes + 2 * h_bytes)
+    single = plan_reweight_gradients(f, None, f, None, u, Wanted(True, False, True), masked=False)[0]
+    yield Case("reweight gradients", features, dtype, single, 3 * f_bytes + 2 * u_bytes)
+
+
 def _beta(kind: str, classes: int) -> float | Tensor | Bernoulli | None:
-    seed = torch.empty((), dtype=torch.int64, device="meta")
-    mask = torch.empty(ROWS, classes, device="meta")
-    return {"one": None, "fraction": 0.9, "class": mask, "drawn": Bernoulli(0.9, seed)}[kind]
+    if kind == "drawn":
+        return Bernoulli(0.9, torch.empty((), dtype=torch.int64, device="meta"))
+    shapes = {"class": (ROWS, classes), "bool": (ROWS, classes), "row": (ROWS, 1), "batch": (1, 1)}
+    if kind in shapes:
+        return torch.empty(shapes[kind], dtype=torch.bool if kind == "bool" else torch.float32, device="meta")
+    return 0.9 if kind == "fraction" else None
 
 
 def compiled(launch: Launch, capability: int) -> bytes:
@@ -181,7 +222,9 @@ def _inspect(task: tuple[str, int, int]) -> dict[str, Any]:
 
 @cache
 def _listed(beta: str) -> list[Case]:
-    """Return the first case of each kernel, dtype and tile; those of the table all the same."""
+    """Return the first case of each kernel, dtype and tile, those of the table all the same; all of the variants."""
+    if beta == "variants":
+        return list(cases(beta))
     found: dict[tuple[Any, ...], Case] = {}
     for case in cases(beta):
         constants = case.launch.arguments
@@ -228,13 +271,16 @@ def main() -> None:
     """Compile, print, and with ``--json`` write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--demanding", action="store_true", help="that variant only: enough to look for spills")
+    parser.add_argument(
+        "--demanding", action="store_true", help="that variant and one tile of all others: enough to look for spills"
+    )
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it.")
-    results = inspect_all(
-        {"drawn": CAPABILITIES} if options.demanding else {"drawn": CAPABILITIES, "one": (90,), "class": (90,)}
-    )
+    betas = {"drawn": CAPABILITIES, "variants": (90,)}
+    if not options.demanding:
+        betas |= {"one": (90,), "class": (90,)}
+    results = inspect_all(betas)
     print(f"triton {triton.__version__}; {len(results)} kernels; bytes spilled: {sum(r['spilled_bytes'] for r in results)}\n")
     print(table(results))
     if options.json:

@@ -33,6 +33,4 @@ def narrow(x, ptr):
 
     Triton's interpreter makes NaN of float64 stored as bfloat16, and not every GPU has the instruction.
     """
-    if x.dtype == tl.float64 and ptr.dtype.element_ty.primitive_bitwidth == 16:
-        return x.to(tl.float32)
-    return x
+    return x.to(tl.float32) if x.dtype == tl.float64 and ptr.dtype.element_ty.primitive_bitwidth == 16 else x

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -12,6 +11,7 @@ from torch.autograd import forward_ad
 
 Backend = Literal["auto", "reference", "triton"]
 BACKENDS = ("auto", "reference", "triton")
+TRITON_INSTALLED = find_spec("triton") is not None
 
 _chosen: str = os.environ.get("FASTADVISOR_KERNELS", "auto")
 
@@ -45,7 +45,7 @@ def by_triton(tensor: Tensor) -> bool:
     """
     name = _known(_chosen)
     if name == "auto":
-        return tensor.is_cuda and _triton_installed()
+        return tensor.is_cuda and TRITON_INSTALLED
     if name == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "FASTADVISOR_KERNELS=triton needs tensors on a GPU (or TRITON_INTERPRET=1, set before Python starts); "
@@ -78,8 +78,3 @@ def _known(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"FASTADVISOR_KERNELS and backend() take one of {', '.join(BACKENDS)}; got {name!r}.")
     return name
-
-
-@cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None

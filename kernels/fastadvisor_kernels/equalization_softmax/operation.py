@@ -166,7 +166,11 @@ def _gradients(
         run(launches)
     else:
         z_grad, v_grad = reference.gradients(grad, z, v, y, flat.beta(), **options._asdict())
-    return z_grad if of_z and z_grad is not None else z.new_empty(0), v_grad if of_v and v_grad is not None else z.new_empty(0)
+    # Contiguous, as the kernels leave them: what a compiler was told must hold whoever computes.
+    return (
+        z_grad.contiguous() if of_z and z_grad is not None else z.new_empty(0),
+        v_grad.contiguous() if of_v and v_grad is not None else z.new_empty(0),
+    )
 
 
 def _loss_and_gradients(
@@ -194,7 +198,7 @@ def _loss_and_gradients(
     else:
         loss, z_grad, v_grad = reference.loss_and_gradients(z, v, y, grad, flat.beta(), ignore_index, label_smoothing)
     assert z_grad is not None
-    return loss, z_grad, z.new_empty(0) if v_grad is None or not of_v else v_grad
+    return loss, z_grad.contiguous(), z.new_empty(0) if v_grad is None or not of_v else v_grad.contiguous()
 
 
 class MESCrossEntropy(torch.autograd.Function):
@@ -211,13 +215,14 @@ class MESCrossEntropy(torch.autograd.Function):
         z, v, y, beta, mask, seed, *options = inputs
         _, lse, count = output
         ctx.mark_non_differentiable(lse, count)
+        ctx.set_materialize_grads(False)  # zeros for those two would be launches of their own
         ctx.save_for_backward(z, v, y, lse, count, mask, seed)
         ctx.beta, ctx.options = beta, options
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """One launch; where the gradient's own gradient is wanted, formulas that autograd can follow."""
-        if torch.is_grad_enabled():
+        if grad is not None and torch.is_grad_enabled():
             z, v, y, _, _, mask, seed = ctx.saved_tensors
             gradients = reference.gradients(grad, z, v, y, FlatBeta(ctx.beta, mask, seed).beta(), *ctx.options)
             return (*gradients, *[None] * 7)
@@ -229,7 +234,9 @@ class MESCrossEntropy(torch.autograd.Function):
         raise NotImplementedError(no_forward_mode(NAME))
 
 
-def _backward(ctx: Any, grad: Tensor, call: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, call: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
     z, v, y, lse, count, mask, seed = ctx.saved_tensors
     of_z, of_v = ctx.needs_input_grad[:2]
     z_grad, v_grad = call(grad, z, v, y, lse, count, ctx.beta, mask, seed, *ctx.options, of_z, of_v)

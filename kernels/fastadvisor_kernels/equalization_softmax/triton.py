@@ -60,7 +60,7 @@ def tile_weight(
 @triton.jit
 def targets(y_ptr, row, rows, C: tl.constexpr, IGNORE: tl.constexpr):
     """Return y (ROWS,) int32, −1 where the label is no class; whether a row counts; whether its label is a class."""
-    y = tl.load(y_ptr + row, mask=row < rows, other=IGNORE).to(tl.int64)
+    y = tl.load(y_ptr + row, mask=row < rows, other=0).to(tl.int64)
     counted = (row < rows) & (y != IGNORE)
     known = counted & (y >= 0) & (y < C)
     return tl.where(known, y, -1).to(tl.int32), counted, known
@@ -77,7 +77,7 @@ def upstream(grad_ptr, count_ptr, row, rows, counted, known, GRAD_STEP: tl.const
     """Return the gradient of the rows' losses (ROWS, 1): 0 where a row does not count, NaN where its label is no class."""
     scale = tl.full(row.shape, 1.0, ACC)
     if grad_ptr is not None:
-        scale = tl.load(grad_ptr + row * GRAD_STEP, mask=row < rows, other=0.0).to(ACC)
+        scale = tl.load(grad_ptr + row.to(tl.int64) * GRAD_STEP, mask=row < rows, other=0.0).to(ACC)
     if count_ptr is not None:
         scale = scale / tl.load(count_ptr).to(ACC)
     return tl.where(counted, tl.where(known, scale, float("nan")), 0.0)[:, None]
@@ -243,7 +243,8 @@ def reduce_kernel(
         row = chunk * BLOCK + tl.arange(0, BLOCK)
         total += tl.load(loss_ptr + row, mask=row < rows, other=0.0)
         if MEAN:
-            counted += (tl.load(y_ptr + row, mask=row < rows, other=IGNORE) != IGNORE).to(ACC)
+            y = tl.load(y_ptr + row, mask=row < rows, other=0).to(tl.int64)
+            counted += ((row < rows) & (y != IGNORE)).to(ACC)
     result = tl.sum(total, axis=0)
     if MEAN:
         count = tl.sum(counted, axis=0)

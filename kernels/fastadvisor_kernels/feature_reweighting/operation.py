@@ -27,7 +27,7 @@ def reweight_features(f_BD: Tensor, u_BD: Tensor, *, inplace: bool = False) -> T
         (..., D) in the dtype of ``f_BD``; the product is taken in float32 at least.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ, or a leaf that requires a gradient in place.
         NotImplementedError: f or u carries a forward-mode tangent, on a GPU or in place.
     """
     reference.check_shapes(f_BD, u_BD)
@@ -36,7 +36,9 @@ def reweight_features(f_BD: Tensor, u_BD: Tensor, *, inplace: bool = False) -> T
     if torch.compiler.is_compiling():  # a compiler finds out by itself what can be overwritten
         h_BD = reweight_op(f_BD, None, u_BD)[0] if by_triton(f_BD) else reference.reweight_features(f_BD, u_BD)
         return f_BD.copy_(h_BD) if inplace else h_BD
-    return Reweight.apply(f_BD, None, u_BD, inplace)[0]
+    if inplace and f_BD.is_leaf and f_BD.requires_grad and torch.is_grad_enabled():
+        raise ValueError("inplace=True would write over a leaf that requires a gradient: leave it off for this tensor.")
+    return Reweight.apply(f_BD, u_BD, inplace)
 
 
 def reweight_dual(f_BD: Tensor, f_dot_BD: Tensor, u_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ def reweight_dual(f_BD: Tensor, f_dot_BD: Tensor, u_BD: Tensor) -> tuple[Tensor,
         return reference.reweight_dual(f_BD, f_dot_BD, u_BD)
     if torch.compiler.is_compiling():
         return reweight_op(f_BD, f_dot_BD, u_BD)
-    h_BD, h_dot_BD = Reweight.apply(f_BD, f_dot_BD, u_BD, False)
+    h_BD, h_dot_BD = ReweightDual.apply(f_BD, f_dot_BD, u_BD)
     return h_BD, h_dot_BD
 
 
@@ -77,9 +79,10 @@ def _reweight(f: Tensor, f_dot: Tensor | None, u: Tensor, inplace: bool = False)
         h, h_dot = reference.reweight_features(f, u), None
     else:
         h, h_dot = reference.reweight_dual(f, f_dot, u)
-    if inplace and h is not f:
-        h = f.copy_(h)
-    return h, h.new_empty(0) if h_dot is None else h_dot
+    if inplace:
+        return f if h is f else f.copy_(h), f.new_empty(0)
+    # Contiguous, as the kernels leave them: what a compiler was told must hold whoever computes.
+    return h.contiguous(), h.new_empty(0) if h_dot is None else h_dot.contiguous()
 
 
 def _gradients(
@@ -104,37 +107,41 @@ def _gradients(
     else:
         found = list(reference.gradients(grad, above_dot, f, f_dot, u, masked=masked))
     f_grad, f_dot_grad, u_grad = (
-        part if wanted and part is not None else f.new_empty(0)
+        part.contiguous() if wanted and part is not None else f.new_empty(0)
         for part, wanted in zip(found, (of_f, of_f_dot, of_u), strict=True)
     )
     return f_grad, f_dot_grad, u_grad
 
 
 class Reweight(torch.autograd.Function):
-    """The masks with their gradients, once by the kernel, and twice by plain torch."""
+    """One masked feature with its gradients, once by the kernel, and twice by plain torch.
+
+    One output: torch takes a view in place from a function with no other.
+    """
 
     @staticmethod
-    def forward(f: Tensor, f_dot: Tensor | None, u: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
+    def forward(f: Tensor, u: Tensor, inplace: bool) -> Tensor:
         """See :func:`_reweight`."""
-        return _reweight(f, f_dot, u, inplace)
+        return _reweight(f, None, u, inplace)[0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the inputs; in place the result, which is what there is."""
-        f, f_dot, u, *inplace = inputs
-        ctx.masked = bool(inplace and inplace[0])
+        f, u, ctx.masked = inputs
         if ctx.masked:
             ctx.mark_dirty(f)
-        ctx.save_for_backward(output[0] if ctx.masked else f, f_dot, u)
+        ctx.save_for_backward(output if ctx.masked else f, u)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_dot: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """One launch; where the gradient's own gradient is wanted, formulas that autograd can follow."""
+        f, u = ctx.saved_tensors
         if torch.is_grad_enabled():
-            f, f_dot, u = ctx.saved_tensors
-            above_dot = None if f_dot is None else grad_dot
-            return (*reference.gradients(grad, above_dot, f, f_dot, u, masked=ctx.masked), None)
-        return (*_backward(ctx, grad, grad_dot, _gradients), None)
+            f_grad, _, u_grad = reference.gradients(grad, None, f, None, u, masked=ctx.masked)
+            return f_grad, u_grad, None
+        of_f, of_u, _ = ctx.needs_input_grad
+        f_grad, _, u_grad = _gradients(grad, grad, f, None, u, of_f, False, of_u, ctx.masked)
+        return f_grad if of_f else None, u_grad if of_u else None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -142,9 +149,36 @@ class Reweight(torch.autograd.Function):
         raise NotImplementedError(no_forward_mode(NAME))
 
 
+class ReweightDual(torch.autograd.Function):
+    """Two masked features with their gradients."""
+
+    @staticmethod
+    def forward(f: Tensor, f_dot: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`_reweight`."""
+        return _reweight(f, f_dot, u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the inputs."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_dot: Tensor) -> tuple[Any, ...]:
+        """One launch; where the gradient's own gradient is wanted, formulas that autograd can follow."""
+        if torch.is_grad_enabled():
+            f, f_dot, u = ctx.saved_tensors
+            return reference.gradients(grad, grad_dot, f, f_dot, u)
+        return _backward(ctx, grad, grad_dot, _gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        """Raise: a NotImplementedError."""
+        raise NotImplementedError(no_forward_mode("reweight_dual"))
+
+
 def _backward(ctx: Any, grad: Tensor, grad_dot: Tensor, call: Any) -> tuple[Any, ...]:
     wanted = ctx.needs_input_grad[:3]
-    found = call(grad, grad_dot, *ctx.saved_tensors, *wanted, ctx.masked)
+    found = call(grad, grad_dot, *ctx.saved_tensors, *wanted, False)
     return tuple(part if needed else None for part, needed in zip(found, wanted, strict=True))
 
 
@@ -185,5 +219,5 @@ def _(
 
 
 reweight_op.register_autograd(
-    lambda ctx, grad, grad_dot: _backward(ctx, grad, grad_dot, gradients_op), setup_context=Reweight.setup_context
+    lambda ctx, grad, grad_dot: _backward(ctx, grad, grad_dot, gradients_op), setup_context=ReweightDual.setup_context
 )

@@ -14,6 +14,7 @@ from fastadvisor_kernels.equalization_softmax.reference import (
     check_beta,
     check_options,
     loss_dtype,
+    smoothed_target,
     split_ignored,
     weighted_logits,
 )
@@ -97,8 +98,10 @@ def _tangent(
     loss = reference.tangent_loss(z, z_dot, v, y, flat.beta(), v_dot, **options._asdict())
     counted, safe = split_ignored(y, ignore_index)
     lse = torch.logsumexp(weighted_logits(z, v, safe, flat.beta()), dim=1).to(loss.dtype)
-    # Plain torch finds the mean anew where it needs it.
-    return loss, lse, torch.zeros_like(lse), counted.sum().to(loss.dtype)[None] if reduction == "mean" else lse.new_empty(0)
+    # L̇ is the mean less the target's part, which a sample that is ignored has not.
+    each = reference.tangent_loss(z, z_dot, v, safe, flat.beta(), v_dot, ignore_index=-1, label_smoothing=label_smoothing)
+    mean = each + smoothed_target(z_dot.to(each.dtype), safe, label_smoothing)
+    return loss, lse, mean, counted.sum().to(loss.dtype)[None] if reduction == "mean" else lse.new_empty(0)
 
 
 def _gradients(
@@ -135,7 +138,7 @@ def _gradients(
     else:
         found = list(reference.gradients(grad, z, z_dot, v, v_dot, y, flat.beta(), **options._asdict()))
     z_grad, z_dot_grad, v_grad, v_dot_grad = (
-        part if needed and part is not None else z.new_empty(0) for part, needed in zip(found, wanted, strict=True)
+        part.contiguous() if needed and part is not None else z.new_empty(0) for part, needed in zip(found, wanted, strict=True)
     )
     return z_grad, z_dot_grad, v_grad, v_dot_grad
 
@@ -153,13 +156,14 @@ class TangentLoss(torch.autograd.Function):
         """Keep the inputs, as they are, and three numbers a sample."""
         *tensors, beta, mask, seed, reduction, ignore_index, label_smoothing = inputs
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for those three would be launches of their own
         ctx.save_for_backward(*tensors, *output[1:], mask, seed)
         ctx.beta, ctx.options = beta, (reduction, ignore_index, label_smoothing)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """One launch; where the gradient's own gradient is wanted, formulas that autograd can follow."""
-        if torch.is_grad_enabled():
+        if grad is not None and torch.is_grad_enabled():
             z, z_dot, v, v_dot, y, _, _, _, mask, seed = ctx.saved_tensors
             beta = FlatBeta(ctx.beta, mask, seed).beta()
             gradients = reference.gradients(grad, z, z_dot, v, v_dot, y, beta, *ctx.options)
@@ -172,7 +176,9 @@ class TangentLoss(torch.autograd.Function):
         raise NotImplementedError(no_forward_mode(NAME))
 
 
-def _backward(ctx: Any, grad: Tensor, call: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, call: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 11
     *tensors, mask, seed = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:4])
     found = call(grad, *tensors, ctx.beta, mask, seed, *ctx.options, wanted)
