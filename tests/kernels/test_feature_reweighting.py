@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-from fastadvisor_kernels import reweight_dual, reweight_features
+from fastadvisor_kernels import backend, reweight_dual, reweight_features
 from fastadvisor_kernels.feature_reweighting import reference
 from tests.kernels.cases import DTYPES, MARGIN
 
@@ -90,6 +90,31 @@ def test_in_place_is_the_same(shape, dtype):
     # The gradient of u comes from h, which is rounded to its dtype.
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("view", [lambda t: t.flatten(1), lambda t: t.squeeze(-1).squeeze(-1), lambda t: t[:, 1:, 0, 0]])
+def test_in_place_on_a_view(view, name):
+    """Pooled features are one: (B, D, 1, 1) flattened."""
+    pooled = make((5, 7, 1, 1), torch.float32)[0].requires_grad_()
+    u = torch.randn_like(view(pooled)).requires_grad_()
+    with backend(name):
+        h = reweight_features(view(pooled * 1), u, inplace=True)
+        got = h.detach().clone(), *grad(h.square().sum(), (pooled, u))
+    with backend("reference"):
+        h = reweight_features(view(pooled * 1), u)
+        want = h.detach(), *grad(h.square().sum(), (pooled, u))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_in_place_on_a_leaf_is_refused_before_it_is_too_late():
+    f, u, _ = make((3, 4))
+    before = f.clone()
+    with pytest.raises(ValueError, match="a leaf that requires a gradient"):
+        reweight_features(f.requires_grad_(), u, inplace=True)
+    assert torch.equal(f.detach(), before)
+    with torch.no_grad():
+        reweight_features(f, u, inplace=True)
 
 
 def test_in_place_is_seen_by_who_needs_the_features_as_they_were():

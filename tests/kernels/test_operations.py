@@ -78,6 +78,29 @@ def test_opcheck_of_the_reweighting(name):
         opcheck(OPS.reweight_backward, (*given, False, True, False, False))
 
 
+def test_opcheck_of_transposed_inputs():
+    z, z_dot, v, v_dot, y = (part.t().contiguous().t() if part.dim() == 2 else part for part in tensors())
+    for name in ("reference", "triton"):
+        with backend(name):
+            opcheck(OPS.mes_cross_entropy_with_gradients, (z.detach(), v.detach(), y, None, *FLAT, True))
+            opcheck(OPS.reweight, (z, z_dot, v))
+            opcheck(OPS.reweight, (z, None, v))
+            opcheck(OPS.tangent_loss, (z, z_dot, v, v_dot, y, *FLAT))
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_one_may_begin_and_the_other_end(index):
+    """A program may be exported where one computes, and run where the other does: what they hand on is the same."""
+    z, z_dot, v, v_dot, y = (part.detach() for part in tensors())
+    flat = flat_options()[index]
+    for operation, inputs in ((OPS.mes_cross_entropy, (z, v)), (OPS.tangent_loss, (z, z_dot, v, v_dot))):
+        handed_on = []
+        for name in ("reference", "triton"):
+            with backend(name):
+                handed_on.append(operation(*inputs, y, *flat))
+        torch.testing.assert_close(*handed_on, rtol=1e-5, atol=1e-6)
+
+
 def everything(z, z_dot, v, v_dot, y, beta):
     h = reweight_features(z, v)
     pair = reweight_dual(z, z_dot, v)
