@@ -30,16 +30,16 @@ part() { # part SECONDS NAME COMMAND...: run it, keep what it prints, go on what
     local seconds=$1 name=$2
     shift 2
     echo "== $name: $*"
-    timeout "$seconds" "$@" >"$FOLDER/$name.txt" 2>&1 || { failed=1; echo "   FAILED or out of time (status $?)"; }
+    timeout "$seconds" "$@" >"$FOLDER/$name.txt" 2>&1 || { status=$?; failed=1; echo "   FAILED or out of time (status $status)"; }
     tail -n 3 "$FOLDER/$name.txt"
 }
 
 workers=()
 "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n "$(nproc)")
-part 150 tests "$PYTHON" -m pytest "${workers[@]}" tests/test_gpu.py tests/kernels tests/metagrad/test_kernels.py --ignore tests/kernels/test_machine_code.py
-part 150 kernels-bfloat16 "$PYTHON" -m benchmarks.kernels --dtypes bfloat16 --seconds 120 --json "$FOLDER/kernels-bfloat16.json"
-part 60 kernels-float32 "$PYTHON" -m benchmarks.kernels --dtypes float32 --only mes_cross_entropy,tangent_loss --seconds 45 --json "$FOLDER/kernels-float32.json"
-part 40 tune "$PYTHON" -m benchmarks.kernels --tune --seconds 30
-part 80 step "$PYTHON" -m benchmarks.step --no-memory --json "$FOLDER/step.json"
+part 145 tests "$PYTHON" -m pytest "${workers[@]}" tests/test_gpu.py tests/kernels tests/metagrad/test_kernels.py --ignore tests/kernels/test_machine_code.py
+part 150 kernels-bfloat16 "$PYTHON" -m benchmarks.kernels --dtypes bfloat16 --seconds 105 --json "$FOLDER/kernels-bfloat16.json"
+part 70 kernels-float32 "$PYTHON" -m benchmarks.kernels --dtypes float32 --only mes_cross_entropy,tangent_loss --seconds 30 --json "$FOLDER/kernels-float32.json"
+part 55 tune "$PYTHON" -m benchmarks.kernels --tune --seconds 15
+part 60 step "$PYTHON" -m benchmarks.step --no-memory --json "$FOLDER/step.json"
 echo "In $FOLDER: $(ls "$FOLDER" | tr '\n' ' ')"
 exit $failed

@@ -50,45 +50,68 @@ def measure(
     rows: list[dict[str, Any]] = []
     cycles: dict[str, dict[str, timing.Run]] = {phase: {} for phase in timing.PHASES}
     for name, contender in operation.contenders.items():
-        function, reason = prepared(operation, contender, inputs)
-        if function is None:
+        try:
+            function, reason = prepared(operation, contender, inputs)
+            found = {} if function is None else timing.runs(contender, function, inputs)
+            if device.type == "cuda" and not contender.waits:
+                for run in found.values():
+                    timing.captured(run)  # here, where one that cannot be captured is left out by itself
+        except Exception as error:  # one library's fault is not to take all figures with it
+            found, reason = {}, f"failed and is not timed ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
+        if not found:
             rows.append({**size, "contender": name, "left_out": reason})
-            continue
-        for phase, run in timing.runs(contender, function, inputs).items():
+        for phase, run in found.items():
             cycles[phase][name] = run
     for phase, entries in cycles.items():
-        repeats = plan.repeats or (20 if batch * classes <= 2**20 and device.type == "cuda" else 3)
-        wall = timing.wall(entries, plan.rounds, repeats, device)
-        waiting = [name for name in entries if operation.contenders[name].waits]
-        alone = timing.on_device(entries, plan.rounds, plan.flush, waiting) if device.type == "cuda" else {}
-        for name, micros in wall.items():
-            contender = operation.contenders[name]
-            moved = operation.bytes(phase, batch * classes, dtype.itemsize, contender=contender)
-            row: dict[str, Any] = {
-                **size,
-                "contender": name,
-                "phase": phase,
-                "wall_us": micros,
-                "kernel_us": alone.get(name),
-                "bytes": moved,
-            }
-            row["bytes_per_second"] = moved / (1e-6 * (row["kernel_us"] or micros))
-            row["share_of_copy"] = row["bytes_per_second"] / plan.copy_bandwidth
-            rows.append(row)
+        rows += timed(operation, phase, entries, size, dtype, plan)
     return rows
 
 
-def measure_all(plan: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure every operation at every size; return the rows, and what there was no time for."""
-    begun, rows, not_begun = time.perf_counter(), [], []
-    for operation in plan.operations:
-        for name in plan.dtypes.split(","):
-            for batch, classes in sizes(plan.sizes, plan.torch_device):
+def timed(
+    operation: Operation,
+    phase: str,
+    entries: dict[str, timing.Run],
+    size: dict[str, Any],
+    dtype: torch.dtype,
+    plan: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Time one phase of the contenders in turn."""
+    device, elements = plan.torch_device, size["batch"] * size["classes"]
+    repeats = plan.repeats or (20 if elements <= 2**20 and device.type == "cuda" else 3)
+    wall = timing.wall(entries, plan.rounds, repeats, device)
+    waiting = [name for name in entries if operation.contenders[name].waits]
+    alone = timing.on_device(entries, plan.rounds, plan.flush, waiting) if device.type == "cuda" else {}
+    rows = []
+    for name, micros in wall.items():
+        moved = operation.bytes(phase, elements, dtype.itemsize, contender=operation.contenders[name])
+        row: dict[str, Any] = {**size, "contender": name, "phase": phase, "wall_us": micros, "kernel_us": alone.get(name)}
+        row |= {"bytes": moved, "bytes_per_second": moved / (1e-6 * (row["kernel_us"] or micros))}
+        rows.append({**row, "share_of_copy": row["bytes_per_second"] / plan.copy_bandwidth})
+    return rows
+
+
+def measure_all(plan: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Measure every operation at every size into ``result``, written after each: a run that is cut off leaves something."""
+    begun = time.perf_counter()
+    result["rows"], result["not_begun"] = [], []
+    for batch, classes in sizes(plan.sizes, plan.torch_device):  # outermost: all operations have some sizes if time is short
+        for operation in plan.operations:
+            for name in plan.dtypes.split(","):
                 if time.perf_counter() - begun > plan.seconds:
-                    not_begun.append(f"{operation.name}, {name}, {batch} × {classes}")
+                    result["not_begun"].append(f"{operation.name}, {name}, {batch} × {classes}")
                     continue
-                rows += measure(operation, batch, classes, DTYPES[name], plan)
-    return rows, not_begun
+                result["rows"] += measure(operation, batch, classes, DTYPES[name], plan)
+        write(plan, result)
+
+
+def write(plan: argparse.Namespace, result: dict[str, Any]) -> str:
+    """Write what there is, and return it as Markdown."""
+    text = report(result)
+    if plan.markdown:
+        plan.markdown.write_text(text + "\n")
+    if plan.json:
+        plan.json.write_text(json.dumps(result, indent=1) + "\n")
+    return text
 
 
 def prepared(operation: Operation, contender: Contender, inputs: Inputs) -> tuple[Function | None, str | None]:
@@ -148,15 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plan.flush = timing.Flush(device) if device.type == "cuda" else None
             plan.copy_bandwidth = timing.copy_bandwidth(device, 1024 if device.type == "cuda" else 128)
             result["copy_bandwidth"] = plan.copy_bandwidth
-            result["rows"], result["not_begun"] = measure_all(plan)
-    text = report(result)
-    print(text)
-    if plan.markdown:
-        plan.markdown.write_text(text + "\n")
-    if plan.json:
-        plan.json.write_text(json.dumps(result, indent=1) + "\n")
+            measure_all(plan, result)
+    print(write(plan, result))
     if any("is not timed" in (row.get("left_out") or "") for row in result.get("rows", [])):
-        raise SystemExit("A check is red: see the reasons above.")
+        raise SystemExit("A check is red, or a contender failed: see the reasons above.")
 
 
 if __name__ == "__main__":

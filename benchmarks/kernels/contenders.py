@@ -59,22 +59,20 @@ class Operation:
     """Plain torch, for the check in float64."""
     contenders: dict[str, Contender]
     read: int
-    """Tensors (B, C) that the forward pass must read."""
-    written: int
-    """And write."""
-    read_back: int
-    """Tensors that the backward pass must read."""
-    written_back: int
+    """Tensors (B, C) that go in, and whose gradients come out."""
+    written: int = 0
+    """Tensors (B, C) that come out, and whose gradients go in."""
+    wide: bool = False
+    """Whether these are float32, whatever goes in."""
 
     def bytes(self, phase: str, elements: int, width: int, *, contender: Contender) -> int:
         """Return the bytes that must move in a phase: each input read once, each output written once."""
-        if contender.plain:
-            forward, back = 1, 2
-        else:
-            forward, back = self.read + self.written, self.read_back + self.written_back
+        inputs = (1 if contender.plain else self.read) * width
+        outputs = self.written * (max(width, 4) if self.wide else width)
+        forward, back = inputs + outputs, 2 * inputs + outputs
         if contender.gradients_in_forward:
-            forward, back = self.read + self.written_back, 0
-        return elements * width * {"forward": forward, "backward": back, "both": forward + back}[phase]
+            forward, back = 2 * inputs, 0
+        return elements * {"forward": forward, "backward": back, "both": forward + back}[phase]
 
 
 def using(name: str, function: Function) -> Function:
@@ -151,9 +149,14 @@ def make_dual(batch: int, features: int, dtype: torch.dtype, device: torch.devic
     return make_tangent(batch, features, dtype, device)[:3]
 
 
-def drawn(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
+def make_drawn(batch: int, classes: int, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Return z, v, y and a seed."""
+    return *make_loss(batch, classes, dtype, device), torch.full((), 7, dtype=torch.int64, device=device)
+
+
+def drawn(z: Tensor, v: Tensor, y: Tensor, seed: Tensor) -> Tensor:
     """MES with β drawn per sample and class, 0.9."""
-    return mes_cross_entropy(z, v, y, Bernoulli(0.9, torch.full((), 7, dtype=torch.int64, device=z.device)))
+    return mes_cross_entropy(z, v, y, Bernoulli(0.9, seed))
 
 
 def three(function: Function) -> dict[str, Contender]:
@@ -179,11 +182,14 @@ LOSS = {
 }
 
 OPERATIONS: dict[str, Operation] = {
-    "mes_cross_entropy": Operation("mes_cross_entropy", make_loss, mes_cross_entropy, LOSS, 2, 0, 2, 2),
-    "mes_cross_entropy, β drawn": Operation("mes_cross_entropy, β drawn", make_loss, drawn, three(drawn), 2, 0, 2, 2),
-    "tangent_loss": Operation("tangent_loss", make_tangent, tangent_loss, three(tangent_loss), 3, 0, 3, 3),
-    "reweight_features": Operation("reweight_features", make_features, reweight_features, three(reweight_features), 2, 1, 3, 2),
-    "reweight_dual": Operation("reweight_dual", make_dual, reweight_dual, three(reweight_dual), 3, 2, 5, 3),
+    operation.name: operation
+    for operation in (
+        Operation("mes_cross_entropy", make_loss, mes_cross_entropy, LOSS, read=2),
+        Operation("mes_cross_entropy, β drawn", make_drawn, drawn, three(drawn), read=2),
+        Operation("tangent_loss", make_tangent, tangent_loss, three(tangent_loss), read=3),
+        Operation("reweight_features", make_features, reweight_features, three(reweight_features), read=2, written=1),
+        Operation("reweight_dual", make_dual, reweight_dual, three(reweight_dual), read=3, written=2, wide=True),
+    )
 }
 
 

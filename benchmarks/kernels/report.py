@@ -30,8 +30,9 @@ def report(result: dict[str, Any]) -> str:
     else:
         lines += ["", "Microseconds are those of the kernels alone, caches flushed; in brackets the wall time of a call."]
     lines.append(f"A copy moves {result['copy_bandwidth'] / 1e9:,.0f} GB/s. Share: of that, by the bytes that must move.")
-    for key, rows in groupby(result["rows"], lambda row: (row["operation"], row["dtype"])):
-        lines += ["", f"## {key[0]}, {key[1]}", "", *table(list(rows), key[0])]
+    for operation, dtype in dict.fromkeys((row["operation"], row["dtype"]) for row in result["rows"]):
+        mine = [row for row in result["rows"] if (row["operation"], row["dtype"]) == (operation, dtype)]
+        lines += ["", f"## {operation}, {dtype}", "", *table(mine, operation)]
     lines += ["", *left_out(result["rows"]), *slower(result["rows"])]
     if result["not_begun"]:
         lines.append(f"No time was left for: {'; '.join(result['not_begun'])}.")

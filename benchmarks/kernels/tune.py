@@ -53,12 +53,12 @@ def tune(device: torch.device, rounds: int, seconds: float) -> list[dict[str, An
         raise SystemExit("--tune times Triton's kernels, which need a GPU; there is none here.")
     begun, flush = time.perf_counter(), timing.Flush(device)
     found: list[dict[str, Any]] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for classes in CLASSES:
-            for batch in (128, max(256, 2**25 // classes)):
-                if time.perf_counter() - begun > seconds:
-                    return found
+    for classes in CLASSES:
+        for batch in (128, max(256, 2**25 // classes)):
+            for dtype in (torch.bfloat16, torch.float32):
                 for kernel, launch in launches(batch, classes, dtype, device).items():
+                    if time.perf_counter() - begun > seconds:
+                        return found
                     entries = list(neighbours(launch, batch))
                     names = [f"{entry.arguments['ROWS']} rows, {entry.warps} warps" for entry in entries]
                     runs = {name: partial(Launch.run, entry) for name, entry in zip(names, entries, strict=True)}

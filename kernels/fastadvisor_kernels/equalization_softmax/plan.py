@@ -24,7 +24,7 @@ from fastadvisor_kernels.launch import Launch, blocks, fast_math, power_of_two
 
 PROGRAMS = 1024
 """Long rows are cut into segments until there are this many programs: about eight for each multiprocessor of an H100. A
-constant, so that the order of summation, and with it every bit of the result, is the same on every GPU."""
+constant, so that the order of summation is the same on every GPU."""
 
 
 class Tile(NamedTuple):
