@@ -84,6 +84,16 @@ def test_the_commands_run_in_order(workplace, short, monkeypatch, capsys):
         assert status == 0, f"{command}: {captured.err}"
 
 
+def test_the_kernels_readme_runs():
+    text = (ROOT / "kernels" / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    names = {}
+    exec(compile(blocks[0], "kernels/README.md", "exec"), names)
+    assert names["loss"].isfinite()
+    assert names["v"].grad.isfinite().all()
+
+
 def test_the_python_blocks_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     blocks = [block for kind, block in BLOCKS if kind == "python"]

@@ -76,6 +76,11 @@ def test_sizes(batch, classes):
     assert_within_the_rule(*all_three(z, None, y))
 
 
+def test_a_million_classes():
+    z, v, y = make(1, 2**20, torch.float32, device=DEVICE)
+    assert_within_the_rule(*all_three(z, v, y, make_beta("drawn", 1, 2**20, device=DEVICE)))
+
+
 @pytest.mark.parametrize("kind", BETAS)
 @pytest.mark.parametrize("classes", [100, *SEVERAL_TILES])
 def test_every_kind_of_beta_in_float64(classes, kind):
