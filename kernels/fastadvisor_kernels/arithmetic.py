@@ -5,8 +5,12 @@ costs three more instructions an exponential and four a division: enough for the
 memory. With FAST a result under 1.2e-38 is 0.
 """
 
+import torch
 import triton
 import triton.language as tl
+
+ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+"""What a kernel sums in, by torch's name."""
 
 
 @triton.jit
@@ -25,6 +29,15 @@ def inverse(x, FAST: tl.constexpr):
     if FAST:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """Return σ(x), 1 − σ(x), neither by cancellation, and σ(|x|) = 1 / (1 + e^{−|x|})."""
+    e = exp(-tl.abs(x), FAST)
+    large = inverse(1.0 + e, FAST)
+    small = e * large
+    return tl.where(x >= 0, large, small), tl.where(x >= 0, small, large), large
 
 
 @triton.jit

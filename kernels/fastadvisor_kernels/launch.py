@@ -36,6 +36,11 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def widest(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype to compute in: float64 where one of them is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def fast_math(dtype: torch.dtype) -> bool:
     """Return whether kernels that compute in ``dtype`` may use NVIDIA's own instructions: neither interpreted nor on AMD."""
     return dtype == torch.float32 and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"

@@ -9,7 +9,7 @@ from fastadvisor_kernels.dispatch import by_triton, no_forward_mode, no_tangents
 from fastadvisor_kernels.equalization_softmax import reference
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
 from fastadvisor_kernels.equalization_softmax.reference import Beta, Reduction
-from fastadvisor_kernels.launch import run
+from fastadvisor_kernels.launch import run, widest
 
 NAME = "mes_cross_entropy"
 FLAT = "float beta, Tensor? mask, Tensor? seed, str reduction, int ignore_index, float label_smoothing"
@@ -266,7 +266,7 @@ with_gradients_op = torch.library.custom_op(
 
 @loss_op.register_fake
 def _(z: Tensor, v: Tensor | None, y: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, reduction = reference.loss_dtype(z, v), options[3]
+    dtype, reduction = widest(z, v), options[3]
     loss = z.new_empty(len(z) if reduction == "none" else (), dtype=dtype)
     return loss, z.new_empty(len(z), dtype=dtype), z.new_empty(int(reduction == "mean"), dtype=dtype)
 
@@ -279,7 +279,7 @@ def _(grad: Tensor, z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Te
 
 @with_gradients_op.register_fake
 def _(z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    loss = z.new_empty(len(z), dtype=reference.loss_dtype(z, v))
+    loss = z.new_empty(len(z), dtype=widest(z, v))
     return loss, z.new_empty(z.shape), z.new_empty(0) if v is None or not rest[-1] else v.new_empty(v.shape)
 
 

@@ -3,12 +3,12 @@
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+from fastadvisor_kernels.arithmetic import ACC
 from fastadvisor_kernels.bernoulli import Bernoulli
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
-from fastadvisor_kernels.equalization_softmax.reference import binary, loss_dtype
+from fastadvisor_kernels.equalization_softmax.reference import binary
 from fastadvisor_kernels.equalization_softmax.triton import (
     CLASS,
     DRAWN,
@@ -20,7 +20,7 @@ from fastadvisor_kernels.equalization_softmax.triton import (
     loss_kernel,
     reduce_kernel,
 )
-from fastadvisor_kernels.launch import Launch, blocks, fast_math, power_of_two
+from fastadvisor_kernels.launch import Launch, blocks, fast_math, power_of_two, widest
 
 PROGRAMS = 1024
 """Long rows are cut into segments until there are this many programs: about eight for each multiprocessor of an H100. A
@@ -107,7 +107,7 @@ def plan_loss(z: Tensor, v: Tensor | None, y: Tensor, beta: FlatBeta, options: O
 
     A reduction is one more.
     """
-    (rows, classes), dtype = z.shape, loss_dtype(z, v)
+    (rows, classes), dtype = z.shape, widest(z, v)
     tile = loss_tile(rows, classes, dtype)
     loss, lse = z.new_empty(rows, dtype=dtype), z.new_empty(rows, dtype=dtype)
     launches = _loss_launches(z, v, y, beta, options, tile, loss, lse)
@@ -121,7 +121,7 @@ def plan_loss_and_gradients(
     z: Tensor, v: Tensor | None, y: Tensor, beta: FlatBeta, options: Options, grad: Tensor | None, *, of_v: bool
 ) -> LossPlan:
     """Return the launches for the loss of each row and its gradients times ``grad``: one where a row fits a tile."""
-    (rows, classes), dtype = z.shape, loss_dtype(z, v)
+    (rows, classes), dtype = z.shape, widest(z, v)
     tile = loss_tile(rows, classes, dtype)
     loss, z_grad = z.new_empty(rows, dtype=dtype), z.new_empty(z.shape)
     v_grad = None if v is None or not of_v else v.new_empty(v.shape)
@@ -156,9 +156,6 @@ def reduction_launch(loss: Tensor, y: Tensor, options: Options) -> tuple[Launch,
     constants = {"IGNORE": options.ignore_index, "MEAN": count is not None, "ACC": ACC[loss.dtype]}
     sizes = {"BLOCK": 1024, "CHUNKS": blocks(len(loss), 1024)}
     return Launch(reduce_kernel, (1,), arguments | constants | sizes), total, count
-
-
-ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _loss_launches(

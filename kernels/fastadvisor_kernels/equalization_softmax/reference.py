@@ -171,11 +171,6 @@ def grad_of_each(grad: Tensor, counted_B: Tensor, reduction: Reduction) -> Tenso
     return torch.where(counted_B, grad / counted_B.sum() if reduction == "mean" else grad, 0.0)
 
 
-def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 where one of them is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def check_options(reduction: str, label_smoothing: float) -> None:
     """Raise a ValueError unless the keywords are within what they can be."""
     if reduction not in ("none", "mean", "sum"):

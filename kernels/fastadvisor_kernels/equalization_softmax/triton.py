@@ -1,7 +1,7 @@
 """Meta Equalization Softmax in Triton. Shapes: B samples, C classes; a program has ROWS samples and BLOCK classes at a time.
 
 A weight w = 1 − β σ(v) enters as exp(−shift) · factor with shift = β max(v, 0) and factor in [1/2, 1]: as safe from underflow
-as its logarithm, and half the instructions (a softplus takes a polynomial): what a kernel at memory's speed can afford.
+as its logarithm, without the polynomial that a softplus takes: a kernel at memory's speed cannot afford it.
 
 - ``loss_kernel``: a row in one tile, or an online softmax over chunks of it, or over a segment of a very long one; with
   gradients too where the row is one tile.
@@ -13,7 +13,7 @@ as its logarithm, and half the instructions (a softplus takes a polynomial): wha
 import triton
 import triton.language as tl
 
-from fastadvisor_kernels.arithmetic import exp, inverse, narrow
+from fastadvisor_kernels.arithmetic import exp, narrow, sigmoid
 from fastadvisor_kernels.bernoulli.triton import bernoulli
 
 ONE, FRACTION, ROW, CLASS, DRAWN = (tl.constexpr(kind) for kind in range(5))
@@ -25,13 +25,9 @@ LOWEST = tl.constexpr(-3e38)
 @triton.jit
 def weight(v, BETA: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr):
     """Return shift, factor, slope, curvature: w = exp(−shift) · factor, and the derivatives of log w in v. v = −inf: w = 1."""
-    e = exp(-tl.abs(v), FAST)
-    large = inverse(1.0 + e, FAST)
-    small = e * large
-    s = tl.where(v >= 0, large, small)
-    r = tl.where(v >= 0, small, large)  # 1 − s, without cancellation
+    s, r, large = sigmoid(v, FAST)
     if BETA == FRACTION:
-        factor = r + (1.0 - VALUE) * s  # 1 − β s, likewise
+        factor = r + (1.0 - VALUE) * s  # 1 − β s, without cancellation
         slope = -VALUE * s * r / factor
         return tl.zeros_like(v), factor, slope, slope * (r - s) - slope * slope
     return tl.maximum(v, 0.0), large, -s, -s * r

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastadvisor_kernels.dispatch import by_triton, no_forward_mode, no_tangents
 from fastadvisor_kernels.feature_reweighting import reference
+from fastadvisor_kernels.launch import widest
 
 NAME = "reweight_features"
 
@@ -198,7 +199,7 @@ gradients_op = torch.library.custom_op(
 def _(f: Tensor, f_dot: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
     if f_dot is None:
         return f.new_empty(f.shape), f.new_empty(0)
-    dtype = reference.widest(f, f_dot, u)
+    dtype = widest(f, f_dot, u)
     return f.new_empty(f.shape, dtype=dtype), f.new_empty(f.shape, dtype=dtype)
 
 

@@ -2,15 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import torch
-import triton.language as tl
 from torch import Tensor
 
-from fastadvisor_kernels.feature_reweighting.reference import widest
+from fastadvisor_kernels.arithmetic import ACC
 from fastadvisor_kernels.feature_reweighting.triton import reweight_gradient_kernel, reweight_kernel
-from fastadvisor_kernels.launch import Launch, blocks, fast_math
-
-ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+from fastadvisor_kernels.launch import Launch, blocks, fast_math, widest
 
 
 class Rows(NamedTuple):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastadvisor_kernels.launch import widest
+
 
 def reweight_features(f_BD: Tensor, u_BD: Tensor) -> Tensor:
     """The specification of :func:`fastadvisor_kernels.reweight_features`: f ⊙ σ(u), on any device."""
@@ -17,11 +19,6 @@ def reweight_dual(f_BD: Tensor, f_dot_BD: Tensor, u_BD: Tensor) -> tuple[Tensor,
     dtype = widest(f_BD, f_dot_BD, u_BD)
     mask_BD = torch.sigmoid(u_BD.to(dtype))
     return mask_BD * f_BD.to(dtype), mask_BD * f_dot_BD.to(dtype)
-
-
-def widest(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 where one of them is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def check_shapes(f_BD: Tensor, *others: Tensor) -> None:

@@ -3,16 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastadvisor_kernels.arithmetic import exp, inverse, narrow
-
-
-@triton.jit
-def mask(u, FAST: tl.constexpr):
-    """Return W = σ(u) and 1 − W, each without cancellation."""
-    e = exp(-tl.abs(u), FAST)
-    large = inverse(1.0 + e, FAST)
-    small = e * large
-    return tl.where(u >= 0, large, small), tl.where(u >= 0, small, large)
+from fastadvisor_kernels.arithmetic import narrow, sigmoid
 
 
 @triton.jit
@@ -38,7 +29,7 @@ def reweight_kernel(
 ):  # fmt: skip
     offset = offsets(BLOCK, WIDE)
     inside = offset < count
-    w, _ = mask(tl.load(u_ptr + place(offset, U_ROW, D), mask=inside, other=0.0).to(ACC), FAST)
+    w, _, _ = sigmoid(tl.load(u_ptr + place(offset, U_ROW, D), mask=inside, other=0.0).to(ACC), FAST)
     f = tl.load(f_ptr + place(offset, F_ROW, D), mask=inside, other=0.0).to(ACC)
     tl.store(h_ptr + place(offset, H_ROW, D), narrow(w * f, h_ptr), mask=inside)
     if f_dot_ptr is not None:
@@ -55,7 +46,7 @@ def reweight_gradient_kernel(
 ):  # fmt: skip
     offset = offsets(BLOCK, WIDE)
     inside = offset < count
-    w, rest = mask(tl.load(u_ptr + place(offset, U_ROW, D), mask=inside, other=0.0).to(ACC), FAST)
+    w, rest, _ = sigmoid(tl.load(u_ptr + place(offset, U_ROW, D), mask=inside, other=0.0).to(ACC), FAST)
     grad = tl.load(grad_ptr + place(offset, GRAD_ROW, D), mask=inside, other=0.0).to(ACC)
     if f_grad_ptr is not None:
         tl.store(f_grad_ptr + offset, narrow(w * grad, f_grad_ptr), mask=inside)

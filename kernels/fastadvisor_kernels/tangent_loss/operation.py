@@ -13,12 +13,11 @@ from fastadvisor_kernels.equalization_softmax.reference import (
     Reduction,
     check_beta,
     check_options,
-    loss_dtype,
     smoothed_target,
     split_ignored,
     weighted_logits,
 )
-from fastadvisor_kernels.launch import run
+from fastadvisor_kernels.launch import run, widest
 from fastadvisor_kernels.tangent_loss import reference
 
 NAME = "tangent_loss"
@@ -202,7 +201,7 @@ gradients_op = torch.library.custom_op(
 
 @tangent_op.register_fake
 def _(z: Tensor, z_dot: Tensor, v: Tensor | None, v_dot: Tensor | None, y: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    dtype, reduction = loss_dtype(z, z_dot, v, v_dot), flat[3]
+    dtype, reduction = widest(z, z_dot, v, v_dot), flat[3]
     lse, mean = z.new_empty(len(z), dtype=dtype), z.new_empty(len(z), dtype=dtype)
     loss = z.new_empty(len(z) if reduction == "none" else (), dtype=dtype)
     return loss, lse, mean, z.new_empty(int(reduction == "mean"), dtype=dtype)

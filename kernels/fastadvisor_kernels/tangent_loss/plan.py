@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastadvisor_kernels.arithmetic import ACC
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
 from fastadvisor_kernels.equalization_softmax.plan import (
-    ACC,
     beta_arguments,
     dense_rows,
     grad_step,
@@ -14,8 +14,7 @@ from fastadvisor_kernels.equalization_softmax.plan import (
     loss_tile,
     reduction_launch,
 )
-from fastadvisor_kernels.equalization_softmax.reference import loss_dtype
-from fastadvisor_kernels.launch import Launch, blocks, fast_math, power_of_two
+from fastadvisor_kernels.launch import Launch, blocks, fast_math, power_of_two, widest
 from fastadvisor_kernels.tangent_loss.triton import combine_tangent_kernel, tangent_gradient_kernel, tangent_kernel
 
 
@@ -55,7 +54,7 @@ def plan_tangent(inputs: Inputs, y: Tensor, beta: FlatBeta, options: Options) ->
 
     A reduction is one more.
     """
-    (rows, classes), dtype = inputs.z.shape, loss_dtype(*inputs)
+    (rows, classes), dtype = inputs.z.shape, widest(*inputs)
     tile = loss_tile(rows, classes, dtype)
     loss, lse, mean = (inputs.z.new_empty(rows, dtype=dtype) for _ in range(3))
     part = inputs.z.new_empty((rows, tile.segments, 4), dtype=dtype) if tile.segments > 1 else None
