@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import load_source, prepare
+from fastadvisor.data import load_source, prepare, stage
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import Engine, ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers
 from fastadvisor.metagrad import forward as forward_module
@@ -102,9 +102,9 @@ def watch(config: Config, every: int, say: Callable[[str], None] = print) -> lis
     """Train exactly as ``config`` says and probe every so many iterations."""
     device = pick_device(config.device)
     keep_freed_memory()
-    data = prepare(load_source(config), config, config.seed)
+    data = prepare(stage(load_source(config), config, device), config, config.seed)
     trainer = Trainer(config, data, device)
-    compared = candidates(trainer, (data.images.shape[1], data.images.shape[2]))
+    compared = candidates(trainer, (trainer.loaders.size, trainer.loaders.size))
     records: list[dict[str, Any]] = []
     steps = len(trainer.train_loader)
     for epoch in range(config.epochs):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fastadvisor.config import CompareConfig, Config, resolve, to_dict
-from fastadvisor.data import load_source
+from fastadvisor.data import load_source, stage
 from fastadvisor.errors import UserError
 from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
 from fastadvisor.runtime.environment import environment
+from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import RunFolder, write_text
 from fastadvisor.trainer import train_config
 
@@ -56,7 +57,7 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
         check_meta(config, METHODS[name], amp=config.amp)
     check_model(config.model)
     folder = _folder(config)
-    source = load_source(config)
+    source = stage(load_source(config), config, pick_device(config.device))  # decoded once for all runs
     rows = []
     for method in dict.fromkeys(methods):
         summaries = []

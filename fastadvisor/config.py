@@ -26,20 +26,42 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Dataset = Literal[
+    "digits",
+    "cifar10",
+    "cifar100",
+    "imagefolder",
+    "list",
+    "webdataset",
+    "imagenet-lt",
+    "places-lt",
+    "clothing1m",
+    "webvision",
+    "food101n",
+    "animal10n",
+]
 
 
 @dataclass
 class DataConfig:
     """Which images, and what is done to their labels (method.md, "Data protocols"; paper 4.1)."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "imagefolder"] = "digits"
-    """Data set. digits comes along; the others are read from --data-root."""
+    dataset: Dataset = "digits"
+    """Data set. digits comes along; the others are read from --data-root (layouts: fastadvisor/data/README.md)."""
     data_root: str | None = None
     """Folder of the data set. imagefolder: ROOT/train/<class>, ROOT/test/<class> and, if you have it, ROOT/meta/<class>."""
+    variant: str | None = None
+    """clothing1m: noisy (default) or clean-and-noisy; webvision: full (default) or mini (classes 0 to 49)."""
+    train_list: str | None = None
+    """list: training images, lines of "path label" or a CSV with path,label[,split]; none: train.txt or .csv in the root."""
+    test_list: str | None = None
+    """list: test images; none: test.* or val.* in the root, or the CSV's own split."""
+    meta_list: str | None = None
+    """list: images whose labels are trusted; none: meta.* in the root, the CSV's own split, or held out of training."""
     download: bool = False
     """cifar10, cifar100: fetch the archive into --data-root if it is not there."""
     image_size: Count | None = None
-    """imagefolder: side in pixels images are resized and cropped to; none: the images' own median, at most 224."""
+    """Side in pixels images are brought to; none: 224 for the papers' data sets, else the images' median, at most 224."""
     imbalance_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     """Long tail: size of the largest class over the smallest, exponential profile; 1 leaves the classes alone."""
     noise: Literal["none", "flip", "flip2", "semantic", "uniform", "hierarchical"] = "none"
@@ -52,6 +74,8 @@ class DataConfig:
     """Corrupt the labels before the long tail is cut (by the corrupted label) instead of after."""
     labels: str | None = None
     """File with one label per training image in data-set order (.npy, .csv, .txt, .pt), in place of generated noise."""
+    labels_key: str | None = None
+    """--labels: which labels of a file that holds several, as worse_label of CIFAR-10N's CIFAR-10_human.pt."""
     meta_per_class: Count = 10
     """Clean images a class held out as the meta-set (unused where the data set brings its own)."""
 
@@ -60,16 +84,34 @@ class DataConfig:
 class LoaderConfig:
     """How batches are made."""
 
-    loader: Literal["auto", "resident"] = "auto"
-    """Loader. resident: all images as uint8 in device memory."""
+    loader: Literal["auto", "resident", "torch", "dali", "synthetic"] = "auto"
+    """resident: all images as uint8 in device memory; torch: worker processes; dali: NVIDIA DALI, which decodes on the GPU;
+    synthetic: one random batch again and again, the ceiling; auto: resident where they fit, dali on a GPU, else torch."""
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """torch: processes, dali: threads, of the training and of the meta loader each; none: the cores, at most 16."""
     batch_size: Count = 128
     """Training images a step."""
     meta_batch_size: Count | None = None
     """Meta images a step; none: as the training batch, at most the whole meta-set."""
+    crop: Literal["pad", "random", "resized"] = "pad"
+    """Augmentation. pad: reflect-pad and crop back at random; random: bring the shorter side to --resize-size and crop at
+    random; resized: crop a random area and aspect ratio (torchvision's RandomResizedCrop)."""
     crop_padding: Annotated[int, Field(ge=0)] = 4
-    """Augmentation: reflect-pad by this many pixels and crop back at random."""
+    """--crop pad: pixels of reflected border."""
+    resize_size: Count | None = None
+    """Shorter side before --image-size is cropped out, in testing too; none: 256/224 of it, with --crop pad the same."""
     horizontal_flip: bool = True
     """Augmentation: mirror half the images."""
+    auto_augment: Literal["none", "cifar10", "imagenet"] = "none"
+    """Augmentation: AutoAugment with the policy learned on this data set (Cubuk et al. 2019)."""
+    cutout: Annotated[int, Field(ge=0)] = 0
+    """Augmentation: side in pixels of a square set to the mean (DeVries & Taylor 2017); 0: none."""
+    cache_size: Count | None = None
+    """Keep a copy of the images with the shorter side brought to this many pixels, made once, and read that."""
+    cache_dir: str | None = None
+    """--cache-size: folder of the copies; none: fastadvisor in the user's cache folder."""
+    max_bad_fraction: Fraction = 0.001
+    """Images that cannot be read are left out and listed in the run folder, up to this fraction of each part."""
 
 
 @dataclass
@@ -80,6 +122,8 @@ class ModelConfig:
     """CIFAR ResNets resnet8/14/20/32/44/56, resnet18-cifar, resnet10, any torchvision classifier, or timm/<name>."""
     pretrained: bool = False
     """Start from the library's weights (torchvision, timm)."""
+    weights: str | None = None
+    """Start from the classifier in this file, a state dict such as another run's model.pt."""
 
 
 @dataclass
@@ -147,6 +191,8 @@ class OptimizerConfig:
 
     epochs: Count = 200
     """Passes over the training set."""
+    iterations: Count | None = None
+    """Length of the run in training steps, in place of --epochs; rounded to whole epochs."""
     lr: Positive = 0.1
     """Learning rate at the start."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -200,6 +246,14 @@ class CompareConfig(Config):
     """Runs a method, with seeds --seed, --seed + 1, ..."""
 
 
+@dataclass
+class CheckConfig(Config):
+    """``fastadvisor data check``: the settings of train; those that concern no data are passed over."""
+
+    decode: bool = True
+    """Decode every image; off: files are read and compared only."""
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -237,7 +291,7 @@ def resolve(kind: type[C], config: str | None = None, /, origin: str = "", **ove
     """Build a configuration from its layers (see the module's docstring).
 
     Args:
-        kind: ``Config`` or ``CompareConfig``.
+        kind: ``Config``, ``CompareConfig`` or ``CheckConfig``.
         config: a recipe's name or a YAML file.
         origin: what ``overrides`` are called in messages.
         overrides: settings that win over the file.

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import TrainingData, load_source, prepare
-from fastadvisor.data.augment import normalize
+from fastadvisor.data import Batch, TrainingData, build_test_loader, load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.metagrad import Precision
 from fastadvisor.models import build_model
@@ -36,40 +37,32 @@ class Accuracy:
     """Mean of per-class accuracies over the classes with many, medium and few training images; None of no classes."""
 
 
-def accuracy(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    data: TrainingData,
-    *,
-    batch_size: int,
-    precision: Precision,
-) -> Accuracy:
+def accuracy(model: nn.Module, test: Iterable[Batch], data: TrainingData, *, precision: Precision) -> Accuracy:
     """Test ``model`` in evaluation mode, and leave it in the mode it was in.
 
     Args:
         model: (B, 3, H, W) → (B, C).
-        images: (N, H, W, 3) uint8 on the model's device.
-        labels: (N,) int64 on the same device.
-        data: for normalisation and the training images per class.
-        batch_size: images a forward pass.
+        test: the test images in batches, each once, on the model's device.
+        data: for the classes and their training images.
         precision: makes the autocast context.
     """
     classes = len(data.classes)
-    hits1, hits5 = torch.zeros(len(labels), device=labels.device), torch.zeros(len(labels), device=labels.device)
+    firsts, fives, labels = [], [], []
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(labels), batch_size):
-            rows = slice(start, start + batch_size)
+        for batch in test:
             with precision():
-                logits = model(normalize(images[rows], data.mean, data.std))
+                logits = model(batch.images)
             best = logits.float().topk(min(5, classes), dim=1).indices
-            hit = best == labels[rows, None]
-            hits1[rows], hits5[rows] = hit[:, 0].float(), hit.any(dim=1).float()
+            hit = best == batch.labels[:, None]
+            firsts.append(hit[:, 0])
+            fives.append(hit.any(dim=1))
+            labels.append(batch.labels)
     model.train(training)
-    totals = torch.bincount(labels, minlength=classes).cpu()
-    hits = torch.bincount(labels, weights=hits1, minlength=classes).cpu()
+    seen, hits1, hits5 = torch.cat(labels).cpu(), torch.cat(firsts).double().cpu(), torch.cat(fives).double().cpu()
+    totals = torch.bincount(seen, minlength=classes)
+    hits = torch.bincount(seen, weights=hits1, minlength=classes)
     per_class = [100 * float(hit) / int(total) if total else None for hit, total in zip(hits, totals, strict=True)]
     groups = many_medium_few(per_class, data.class_counts())
     return Accuracy(100 * float(hits1.mean()), 100 * float(hits5.mean()), per_class, groups)
@@ -110,22 +103,16 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
     chosen = pick_device(device)
     data = prepare(load_source(config), config, config.seed)
     _check_classes(run, data.classes)
-    config.pretrained = False  # the weights come from the checkpoint
-    model = build_model(config, len(data.classes), (data.images.shape[1], data.images.shape[2]))
+    config.pretrained, config.weights = False, None  # the weights come from the checkpoint
+    test, size = build_test_loader(config, data, chosen)
+    model = build_model(config, len(data.classes), (size, size))
     state = checkpoints.read(path) if checkpoint == "model" else checkpoints.load(path)["model"]
     checkpoints.load_model_state(model.model, state, path)
-    with memory.enough(chosen):
-        result = accuracy(
-            model.to(chosen),
-            data.test_images.to(chosen),
-            data.test_labels.to(chosen),
-            data,
-            batch_size=config.eval_batch_size,
-            precision=lambda: autocast(chosen, config.amp),
-        )
+    with memory.enough(chosen), closing(test):
+        result = accuracy(model.to(chosen), test, data, precision=lambda: autocast(chosen, config.amp))
     about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
     per_class = dict(zip(data.classes, result.per_class_top1, strict=True))
-    return {**about, "test_size": len(data.test_labels), **asdict(result), "per_class_top1": per_class}
+    return {**about, "test_size": len(test), **asdict(result), "per_class_top1": per_class}
 
 
 def _check_classes(run: Path, classes: list[str]) -> None:

@@ -32,10 +32,11 @@ def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -
         "many_medium_few": last["test_many_medium_few"],
         "images_per_second": median([record["images_per_second"] for record in history]),
         "step_ms_median": median([record["step_ms_median"] for record in history]),
+        "waiting_share": median([record["waiting_share"] for record in history]),
         "train_seconds": sum(record["seconds"] for record in history),
         "train_size": len(data.train_ids),
         "meta_size": len(data.meta_ids),
-        "test_size": len(data.test_labels),
+        "test_size": len(data.test),
         "class_counts": data.class_counts().tolist(),
         "imbalance_factor": config.imbalance_factor,
         "meta_cosine": _mean_cosine(history),
@@ -57,7 +58,7 @@ def headline(config: Config, data: TrainingData, device: torch.device, folder: P
     return (
         f"{config.method} with {config.model} on {data.name}: {len(data.train_ids):,} training images in "
         f"{len(data.classes)} classes ({100 * data.noise_rate():.1f} % of labels changed by us), "
-        f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test_labels):,} test images; {device}; run folder {folder}"
+        f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test):,} test images; {device}; run folder {folder}"
     )
 
 

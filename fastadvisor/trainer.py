@@ -3,7 +3,7 @@
 import math
 import time
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from fastadvisor import reporting
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import Batch, ResidentImages, ResidentLoader, Source, TrainingData, load_source, prepare
-from fastadvisor.data.augment import Augmentation
+from fastadvisor.data import Batch, Source, TrainingData, build_loaders, load_source, prepare, stage
 from fastadvisor.errors import UserError
 from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.metagrad import Engine, ForwardEngine, ValidatedEngine, build_engine, check_meta, meta_schedule
@@ -67,25 +66,31 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult:
     if begun is None:
         RunFolder.check_free(config.output)
     with memory.enough(device):
-        source = load_source(config) if source is None else source
-        data = prepare(source, config, config.seed)
-        trainer = Trainer(config, data, device)
-        if begun is None:
-            return trainer.run(RunFolder.create(config.output, config, f"{config.dataset}-{config.method}"))
-        if begun.last.is_file():  # else the run was cut off in its first epoch
-            trainer.restore(begun.last)
-        begun.keep_metrics(trainer.epoch)
-        return trainer.run(begun)
+        source = stage(load_source(config) if source is None else source, config, device)
+        with closing(Trainer(config, prepare(source, config, config.seed), device)) as trainer:
+            if begun is None:
+                return trainer.run(RunFolder.create(config.output, config, f"{config.dataset}-{config.method}"))
+            if begun.last.is_file():  # else the run was cut off in its first epoch
+                trainer.restore(begun.last)
+            begun.keep_metrics(trainer.epoch)
+            return trainer.run(begun)
 
 
 class Trainer:
     """One run. Everything that :meth:`restore` must bring back lives in an attribute that :meth:`state` names."""
 
     def __init__(self, config: Config, data: TrainingData, device: torch.device) -> None:
-        self.config, self.data, self.device = config, data, device
+        self.loaders = build_loaders(config, data, device)
+        if config.iterations is not None:
+            config = replace(config, epochs=max(1, round(config.iterations / len(self.loaders.train))))
+        self.config, self.device = config, device
+        self.data = data = self.loaders.data
         torch.manual_seed(config.seed)
-        shape = (data.images.shape[1], data.images.shape[2])
-        self.model = build_model(config, len(data.classes), shape).to(device)
+        shape = (self.loaders.size, self.loaders.size)
+        self.model = build_model(config, len(data.classes), shape)
+        if config.weights is not None:
+            checkpoint.load_weights(self.model.model, config.weights)
+        self.model.to(device)
         self.method = build_method(config, self.model.head.in_features, len(data.classes))
         if self.method.advisor is not None:
             self.method.advisor.to(device)
@@ -108,15 +113,15 @@ class Trainer:
             behind=schedule.behind,
             lean=config.lean,
         )
-        self.train_loader, self.meta_loader = self._loaders()
+        self.train_loader, self.meta_loader = self.loaders.train, self.loaders.meta
         self._check_batches_of_one(shape)
         if isinstance(self.step.engine, ValidatedEngine):
             self.step.engine.say = tqdm.write  # above the progress bar
-        self.test_images, self.test_labels = data.test_images.to(device), data.test_labels.to(device)
         self.phases = divide(self.method.phases(), config.epochs)
         self.timer = StepTimer(device)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
+        self._bad_reported = 0
 
     def precision(self) -> AbstractContextManager[None]:
         """Make the context that forward passes run in."""
@@ -136,23 +141,6 @@ class Trainer:
             lr=self.method.advisor_lr if lr is None else lr,
             weight_decay=self.method.advisor_weight_decay if decay is None else decay,
         )
-
-    def _loaders(self) -> tuple[ResidentLoader, ResidentLoader]:
-        config, data = self.config, self.data
-        augment = Augmentation(config.crop_padding, config.horizontal_flip, data.mean, data.std)
-        images = ResidentImages.of(data, self.device)
-        meta_batch = config.meta_batch_size or min(config.batch_size, len(data.meta_ids))
-        for flag, size, part, ids in (
-            ("--batch-size", config.batch_size, "training", data.train_ids),
-            ("--meta-batch-size", meta_batch, "meta", data.meta_ids),
-        ):
-            if size > len(ids):
-                raise UserError(f"{flag} {size} is larger than the {len(ids)} {part} images there are: lower it.")
-        train, meta = (
-            ResidentLoader(images, ids, size, augment=augment, device=self.device, seed=2 * config.seed + offset)
-            for ids, size, offset in ((data.train_ids, config.batch_size, 0), (data.meta_ids, meta_batch, 1))
-        )
-        return train, meta
 
     def _check_batches_of_one(self, shape: tuple[int, int]) -> None:
         """Find out before the first step, not in it, whether the model normalises over a single value."""
@@ -181,12 +169,17 @@ class Trainer:
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
         hidden = None if config.progress else True
         print(reporting.headline(config, self.data, self.device, folder.path))
+        print(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
+        self.report_bad_images(folder)
         with (
             closing(TensorBoard(folder.path if config.tensorboard else None, purge_step=self.epoch + 1)) as board,
             tqdm(total=config.epochs * steps, initial=self.epoch * steps, unit="step", disable=hidden) as bar,
         ):
             while self.epoch < config.epochs:
-                record = self._train_epoch(bar)
+                try:
+                    record = self._train_epoch(bar)
+                finally:  # too many bad images end the epoch, and the list of them is what the user needs
+                    self.report_bad_images(folder)
                 self.epoch += 1
                 self.history.append(record)
                 folder.append_metrics(record)
@@ -199,13 +192,21 @@ class Trainer:
         print(f"Finished: {reporting.results(summary)}. Everything is in {folder.path}.")
         return TrainResult(summary, folder.path, self.model.model.eval())
 
+    def report_bad_images(self, folder: RunFolder) -> None:
+        """List the images that could not be read in the run folder, and say so once more when there are new ones."""
+        count = self.loaders.bad_count()
+        if count > self._bad_reported:
+            folder.write_bad_images(self.loaders.bad_table())
+            tqdm.write(f"{count:,} images cannot be read and are left out; {folder.bad_images} lists them.")
+            self._bad_reported = count
+
     def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
         steps = len(self.train_loader)
         current = next(phase for phase in self.phases if phase.start <= self.epoch < phase.end)
         self.model.train()
         losses, meta_losses = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.timer.start()
-        began, images, meta_steps = time.perf_counter(), 0, 0
+        began, images, meta_steps, waited = time.perf_counter(), 0, 0, self._waited()
         for index in range(steps):
             self.set_lr(current, index)
             train, meta = self._batches(current)
@@ -235,9 +236,15 @@ class Trainer:
             "lr": self.step.optimizer.param_groups[0]["lr"],
             **{f"test_{key}": value for key, value in asdict(self.test()).items()},
             "images_per_second": images / seconds,
+            "waiting_share": (self._waited() - waited) / seconds,
+            "bad_images": self.loaders.bad_count(),
             "step_ms_median": step_ms(times, self.step.interval),
             "seconds": seconds,
         }
+
+    def _waited(self) -> float:
+        """Seconds so far in which there was no batch to train on."""
+        return self.train_loader.waited + self.meta_loader.waited
 
     def _validation(self) -> dict[str, Any]:
         engine = self.step.engine
@@ -265,14 +272,11 @@ class Trainer:
 
     def test(self) -> Accuracy:
         """Return the accuracy on the test set as of now."""
-        return accuracy(
-            self.model,
-            self.test_images,
-            self.test_labels,
-            self.data,
-            batch_size=self.config.eval_batch_size,
-            precision=self.precision,
-        )
+        return accuracy(self.model, self.loaders.test, self.data, precision=self.precision)
+
+    def close(self) -> None:
+        """End the loaders' threads and processes."""
+        self.loaders.close()
 
     def state(self) -> dict[str, Any]:
         """Return everything needed to continue exactly: tensors and plain values only."""
@@ -333,6 +337,9 @@ class Trainer:
         return {
             **reporting.summary(self.config, self.data, self.history),
             "meta_gradient": self.meta_gradient(),
+            "loader": self.loaders.name,
+            "image_size": self.loaders.size,
+            "bad_images": self.loaders.bad_count(),
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "peak_memory_mb": memory.peak_mb(self.device),
             "versions": environment(),

@@ -261,7 +261,7 @@ def test_settings(refused, photos, args, texts):
 
 def test_settings_that_the_data_set_does_not_have(refused, photos):
     refused([*DIGITS, "--data-root", "photos"], "--data-root photos", "--dataset imagefolder")
-    refused([*DIGITS, "--image-size", "32"], "--image-size is for --dataset imagefolder", "digits")
+    refused([*DIGITS, "--image-size", "32"], "--image-size is for data sets of files", "digits")
 
 
 def test_weights_that_cannot_be_downloaded(photos, monkeypatch, capsys):

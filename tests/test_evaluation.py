@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastadvisor.data import TrainingData
+from fastadvisor.data import ArrayImages, Split, TrainingData
+from fastadvisor.data.loaders.resident import ResidentEvaluation
 from fastadvisor.evaluation import accuracy, many_medium_few
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -35,7 +36,8 @@ def training_data(classes, counts):
     labels = torch.zeros_like(true)  # noise: class_counts goes by the true labels
     rows = torch.arange(len(true))
     none = torch.empty(0, 2, 4, 3, dtype=torch.uint8)
-    return TrainingData("t", [str(c) for c in range(classes)], none, labels, true, rows, rows[:0], none, rows[:0], MEAN, STD)
+    images, test = ArrayImages(none), Split(ArrayImages(none), rows[:0])
+    return TrainingData("t", [str(c) for c in range(classes)], images, labels, true, rows, rows[:0], test, MEAN, STD)
 
 
 @contextmanager
@@ -51,7 +53,8 @@ def evaluate(ranks, labels, classes, counts=None, batch_size=3, model=None):
     model = model or Table(table)
     images = torch.arange(len(ranks), dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 4, 3)
     data = training_data(classes, counts or [1] * classes)
-    return accuracy(model, images, torch.tensor(labels), data, batch_size=batch_size, precision=exact), model
+    test = ResidentEvaluation(images, torch.tensor(labels), batch_size, MEAN, STD)
+    return accuracy(model, test, data, precision=exact), model
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8, 100])
@@ -106,7 +109,7 @@ def test_the_precision_context_is_entered_for_every_batch():
 
     images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 4, 3)
     labels, data = torch.arange(3), training_data(3, [1, 1, 1])
-    accuracy(Table(torch.eye(3)), images, labels, data, batch_size=2, precision=precision)
+    accuracy(Table(torch.eye(3)), ResidentEvaluation(images, labels, 2, MEAN, STD), data, precision=precision)
     assert len(inside) == 2
 
 

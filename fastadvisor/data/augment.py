@@ -5,18 +5,20 @@ from functools import lru_cache
 import torch
 from torch import Generator, Tensor
 
+from fastadvisor.data.autoaugment import AutoAugment, cutout
+from fastadvisor.data.types import Triple
 from fastadvisor.errors import UserError
-
-Triple = tuple[float, float, float]
 
 
 class Augmentation:
-    """Random crop of the reflect-padded image, random mirror, normalisation (method.md, "Augmentation").
+    """Random crop of the reflect-padded image, random mirror, AutoAugment, normalisation, Cutout (method.md, "Augmentation").
 
     The crop is index arithmetic on the unpadded images: the padded copy, 1.6 times a CIFAR batch, is never made.
     """
 
-    def __init__(self, padding: int, flip: bool, mean: Triple, std: Triple) -> None:
+    def __init__(
+        self, padding: int, flip: bool, mean: Triple, std: Triple, policy: AutoAugment | None = None, hole: int = 0
+    ) -> None:
         """Set up.
 
         Args:
@@ -24,22 +26,28 @@ class Augmentation:
             flip: mirror half the images.
             mean: per channel, in units of 0..1.
             std: likewise.
+            policy: AutoAugment; None for none.
+            hole: side in pixels of Cutout's square; 0 for none.
         """
-        self.padding, self.flip, self.mean, self.std = padding, flip, mean, std
+        self.padding, self.flip, self.mean, self.std, self.policy, self.hole = padding, flip, mean, std, policy, hole
 
     def check(self, images: Tensor) -> None:
         """Raise a UserError if the padding does not fit (N, H, W, 3) ``images``."""
-        side = min(images.shape[1], images.shape[2])
+        self.check_side(min(images.shape[1], images.shape[2]))
+
+    def check_side(self, side: int) -> None:
+        """Raise a UserError if the padding does not fit images whose shorter side is ``side`` pixels."""
         if self.padding >= side:
             raise UserError(f"--crop-padding {self.padding} is too large for images of {side} pixels: use at most {side - 1}.")
 
-    def __call__(self, images: Tensor, ids: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, ids: Tensor, generator: Generator, host: Generator | None = None) -> Tensor:
         """Cut a batch out of ``images``.
 
         Args:
             images: (N, H, W, 3) uint8.
             ids: (B,) int64 rows of ``images``, on the same device.
             generator: of that device.
+            host: of the CPU, for AutoAugment; None: ``generator``, if it is.
 
         Returns:
             (B, 3, H, W) float32, contiguous.
@@ -59,7 +67,10 @@ class Augmentation:
             shift = torch.randint(-self.padding, self.padding + 1, (2, count, 1), generator=generator, device=device)
             rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
         batch = images[ids[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return normalize(batch, self.mean, self.std)
+        if self.policy is not None:
+            batch = self.policy(batch.permute(0, 3, 1, 2), generator if host is None else host).permute(0, 2, 3, 1)
+        batch = normalize(batch, self.mean, self.std)
+        return cutout(batch, self.hole, generator) if self.hole else batch
 
 
 def normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:

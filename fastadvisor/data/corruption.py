@@ -17,7 +17,12 @@ SEMANTIC = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "
 
 
 def meta_split(
-    labels: Ints, per_class: int, classes: Sequence[str], eligible: NDArray[np.bool_], rng: np.random.Generator
+    labels: Ints,
+    per_class: int,
+    classes: Sequence[str],
+    eligible: NDArray[np.bool_],
+    rng: np.random.Generator,
+    leave: int = 1,
 ) -> Ints:
     """Draw the balanced clean meta-set (paper 4.1), before anything else is done to the data set.
 
@@ -27,6 +32,7 @@ def meta_split(
         classes: names, for messages.
         eligible: (N,) which images may be drawn.
         rng: drawn from once a class.
+        leave: images of each class that must be left; 0 where they are drawn from a set of their own.
 
     Returns:
         (per_class * C,) sorted sample ids.
@@ -38,7 +44,12 @@ def meta_split(
     for label, name in enumerate(classes):
         of_class = labels == label
         count, free = int(of_class.sum()), np.flatnonzero(of_class & eligible)
-        if count <= per_class:
+        if count < per_class and not leave:
+            raise UserError(
+                f"Class {name!r} has {count} images to draw the meta-set from, "
+                f"fewer than --meta-per-class {per_class}: lower it."
+            )
+        if count < per_class + leave:
             raise UserError(
                 f"Class {name!r} has {count} training images and --meta-per-class {per_class} leaves none to train on: "
                 "lower it, or give the class more images."
@@ -55,6 +66,20 @@ def meta_split(
 def long_tail_counts(n_max: int, classes: int, imbalance_factor: float) -> list[int]:
     """Return the class sizes of the exponential profile, n_max * (1/IF)^(i/(C-1)) rounded down (Cui et al. 2019)."""
     return [int(n_max * (1 / imbalance_factor) ** (i / max(1, classes - 1))) for i in range(classes)]
+
+
+def long_tail_profile(available: Sequence[int], imbalance_factor: float) -> list[int]:
+    """Return the class sizes of the exponential profile for classes that have ``available`` images.
+
+    n_max is the mean of ``available`` (method.md). Where a class cannot fill its place by more than a tenth, as in
+    Clothing1M, n_max is lowered until all can: the factor stays what was asked for.
+    """
+    counts = long_tail_counts(sum(available) // len(available), len(available), imbalance_factor)
+    if all(has >= 0.9 * wanted for has, wanted in zip(available, counts, strict=True)):
+        return counts
+    last = max(1, len(available) - 1)
+    n_max = min(int(has * imbalance_factor ** (i / last)) for i, has in enumerate(available))
+    return long_tail_counts(n_max, len(available), imbalance_factor)
 
 
 def long_tail(labels: Ints, ids: Ints, counts: Sequence[int], rng: np.random.Generator) -> Ints:

@@ -1,5 +1,6 @@
-"""Image files to one uint8 tensor, in a thread pool (PIL releases the GIL while it decodes)."""
+"""Pillow's part: any image file to RGB, and whole data sets to one tensor, in threads (it releases the GIL as it decodes)."""
 
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fastadvisor.errors import UserError
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"})
-"""What counts as an image; other files are passed over."""
+from fastadvisor.data.geometry import Geometry
+from fastadvisor.data.images import Images
+from fastadvisor.data.paths import Ints
 
 LARGEST_SIDE = 224
 """Cap on the side chosen for the user: what the usual networks were designed for."""
@@ -23,12 +23,74 @@ SAMPLE = 200
 """Images whose headers are read to choose the side."""
 
 
-def choose_side(paths: list[Path]) -> int:
-    """Return the median of the shorter sides over up to 200 images spread over ``paths``, at most 224."""
-    step = max(1, len(paths) // SAMPLE)
-    sides = [side for path in paths[::step][:SAMPLE] if (side := _shorter_side(path))]
+class Unreadable(Exception):
+    """An image that cannot be read, with the reason in a few words."""
+
+
+def read(images: Images, row: int) -> bytes:
+    """Return the encoded image.
+
+    Raises:
+        Unreadable: missing, empty, or the file system fails.
+    """
+    try:
+        data = images.encoded(row)
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+    if not data:
+        raise Unreadable("empty file")
+    return data
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Return an image of any format that Pillow knows upright by its EXIF tag and in RGB: alpha dropped, 16 bits to 8.
+
+    Raises:
+        Unreadable: cut short, damaged, or no image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more on damaged files.
+    except Exception as error:
+        reason = "not an image" if "cannot identify" in str(error) else "cut short" if "truncated" in str(error) else "damaged"
+        raise Unreadable(reason) from None
+
+
+def evaluation_pixels(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
+    """Return an RGB image as the network sees it in testing, (S, S, 3) uint8; one that has this size keeps its pixels."""
+    side = geometry.size
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=geometry.test_box(*image.size)))
+
+
+def choose_side(images: Images) -> int:
+    """Return the median of the shorter sides over up to 200 images spread over ``images``, at most 224."""
+    step = max(1, len(images) // SAMPLE)
+    sides = [side for row in range(0, len(images), step)[:SAMPLE] if (side := _shorter_side(images, row))]
     # No readable header at all: any side will do, decoding names the broken files.
     return min(LARGEST_SIDE, int(median(sides))) if sides else 1
+
+
+def decode_all(images: Images, rows: Ints, geometry: Geometry) -> tuple[Tensor, dict[int, str]]:
+    """Decode the images of ``rows`` as in testing.
+
+    Returns:
+        (len(rows), S, S, 3) uint8, undefined where an image could not be read; and the reasons by row.
+    """
+    out = np.empty((len(rows), geometry.size, geometry.size, 3), dtype=np.uint8)
+
+    def work(place: int) -> str | None:
+        try:
+            out[place] = evaluation_pixels(decode_rgb(read(images, int(rows[place]))), geometry)
+        except Unreadable as reason:
+            return str(reason)
+        return None
+
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        reasons = list(pool.map(work, range(len(rows))))
+    return torch.from_numpy(out), {int(rows[place]): reason for place, reason in enumerate(reasons) if reason is not None}
 
 
 def available_memory() -> int | None:
@@ -42,45 +104,6 @@ def available_memory() -> int | None:
         return None
 
 
-def decode(paths: list[Path], side: int) -> Tensor:
-    """Return the images of ``paths`` as (N, side, side, 3) uint8.
-
-    Each is turned upright by its EXIF tag, converted to RGB, its shorter side resized to ``side`` and its centre cut
-    out; an image that has this size already keeps its exact bytes (unless the file itself is lossy, as decoded).
-
-    Raises:
-        UserError: files that cannot be decoded; names the first and counts them.
-    """
-    out = np.empty((len(paths), side, side, 3), dtype=np.uint8)
-
-    def work(row: int) -> bool:
-        return _decode_into(out[row], paths[row], side)
-
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        readable = list(pool.map(work, range(len(paths))))
-    broken = [path for path, good in zip(paths, readable, strict=True) if not good]
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise UserError(
-            f"Cannot read the image {broken[0]}{more} ({len(broken)} of {len(paths)} files broken or empty): "
-            "replace or delete them."
-        )
-    return torch.from_numpy(out)
-
-
-def _decode_into(out: NDArray[np.uint8], path: Path, side: int) -> bool:
-    """Fill ``out`` (side, side, 3) from ``path``; return whether the file could be read."""
-    try:
-        with Image.open(path) as image:
-            out[...] = np.asarray(_square(_rgb(ImageOps.exif_transpose(image)), side))
-        return True
-    except MemoryError:
-        raise
-    # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more on damaged files.
-    except Exception:
-        return False
-
-
 def _rgb(image: Image.Image) -> Image.Image:
     """Return ``image`` in RGB, alpha dropped."""
     if image.mode.startswith("I"):  # 16-bit gray: PIL's own conversion would clip all above 255 to white
@@ -90,20 +113,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
-    """Return ``image`` with its shorter side resized to ``side``, and the centre of the longer one."""
-    width, height = image.size
-    if min(width, height) != side:
-        scale = side / min(width, height)
-        width, height = max(side, round(width * scale)), max(side, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side)) if (width, height) != (side, side) else image
-
-
-def _shorter_side(path: Path) -> int | None:
+def _shorter_side(images: Images, row: int) -> int | None:
     try:
-        with Image.open(path) as image:  # reads the header only
+        with Image.open(io.BytesIO(images.encoded(row))) as image:  # decodes the header only
             return min(image.size)
-    except Exception:  # as in _decode_into, which reports the file
+    except Exception:  # as in decode_rgb, which reports the file
         return None

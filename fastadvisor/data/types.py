@@ -1,10 +1,14 @@
 """The contracts between data and the rest: what a data set is, and what a batch is."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastadvisor.data.images import Images
+
+Triple = tuple[float, float, float]
 
 
 class Batch(NamedTuple):
@@ -19,28 +23,37 @@ class Batch(NamedTuple):
 
 
 @dataclass
+class Split:
+    """Images and their labels."""
+
+    images: Images
+    labels: Tensor
+    """(N,) int64."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
 class Source:
-    """A data set as it lies on disk, before the protocols."""
+    """A data set as it lies on disk, before the protocols; reading one opens no image."""
 
     name: str
     classes: list[str]
-    images: Tensor
-    """(N, H, W, 3) uint8, the training images in data-set order."""
-    labels: Tensor
-    """(N,) int64."""
-    test_images: Tensor
-    test_labels: Tensor
-    mean: tuple[float, float, float]
+    train: Split
+    """In data-set order: the row is the sample id."""
+    test: Split
+    mean: Triple
     """Per channel, in units of 0..1."""
-    std: tuple[float, float, float]
-    meta_images: Tensor | None = None
+    std: Triple
+    meta: Split | None = None
     """A meta-set of its own, if the data set brings one."""
-    meta_labels: Tensor | None = None
+    meta_drawn: bool = False
+    """Whether ``meta_per_class`` images a class are drawn from ``meta``, as for ImageNet-LT; else all of it is taken."""
+    image_size: int | None = None
+    """Side in pixels the data set is used at; None: to be chosen from the images."""
     superclasses: list[list[int]] | None = None
     """Groups of classes, for hierarchical noise."""
-    paths: list[str] = field(default_factory=list)
-    """File of each training image, where there are files (else empty), for messages."""
-    meta_paths: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -49,8 +62,8 @@ class TrainingData:
 
     name: str
     classes: list[str]
-    images: Tensor
-    """(N, H, W, 3) uint8: every image the run may touch; row = sample id."""
+    images: Images
+    """N images, every one the run may train on; row = sample id."""
     labels: Tensor
     """(N,) int64 by sample id: what the run believes; corruption edits this table and nothing else."""
     true_labels: Tensor
@@ -59,10 +72,11 @@ class TrainingData:
     """(n,) int64."""
     meta_ids: Tensor
     """(m,) int64, disjoint from ``train_ids``."""
-    test_images: Tensor
-    test_labels: Tensor
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    test: Split
+    mean: Triple
+    std: Triple
+    image_size: int | None = None
+    """As in :class:`Source`, or what the user asked for."""
     meta_held_out: bool = True
     """Whether the meta-set was taken out of the training images, its labels believed; else the data set brought its own."""
 

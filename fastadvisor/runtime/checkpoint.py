@@ -111,6 +111,17 @@ def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Pa
     module.load_state_dict(dict(state), strict=True)
 
 
+def load_weights(module: torch.nn.Module, name: str) -> None:
+    """Load the classifier in the file ``name``: a run's ``model.pt``, ``best.pt`` or ``last.pt``, or any state dict.
+
+    Raises:
+        UserError: missing, damaged, or of another model.
+    """
+    path = Path(name).expanduser()
+    state = read(path)
+    load_model_state(module, state["model"] if state.get("format") == FORMAT else state, path)
+
+
 def random_states() -> dict[str, Any]:
     """Return the state of the generators of torch, CUDA, numpy (legacy) and Python, in types that ``load`` accepts."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)

@@ -17,19 +17,24 @@ def environment() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "fastadvisor": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
         "numpy": _version("numpy"),
+        "nvidia-dali": dali_version(),
         "triton": _version("triton", "pytorch-triton"),
         "cuda": torch.version.cuda if cuda else None,
         "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
-        "cpu_cores": cores,
+        "cpu_cores": cpu_cores(),
         "cpu_threads": torch.get_num_threads(),
     }
+
+
+def cpu_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def optional_parts() -> list[tuple[str, bool, str]]:
@@ -59,9 +64,14 @@ def _triton() -> tuple[str, bool, str]:
 def _dali() -> tuple[str, bool, str]:
     installed = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     if not installed:
-        return "nvidia-dali", False, "not installed: pip install nvidia-dali-cuda120 (or the one for your CUDA)"
-    version = _version("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110") or "installed"
-    return ("nvidia-dali", True, version) if _gpu() else ("nvidia-dali", False, NO_DRIVER)
+        return "nvidia-dali", False, "not installed: pip install nvidia-dali-cuda130 (or the one for your CUDA)"
+    version = dali_version() or "installed"
+    return "nvidia-dali", True, version if _gpu() else f"{version} (on the CPU)"
+
+
+def dali_version() -> str | None:
+    """Return DALI's version, None where it is not installed."""
+    return _version("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
 
 def _apex() -> tuple[str, bool, str]:

@@ -18,7 +18,18 @@ from fastadvisor.errors import UserError, cannot_write
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "model.pt")
 # What may change between the parts of a resumed run: nothing in here touches the numbers. epochs does (the schedule).
-MAY_DIFFER = ("output", "resume", "device", "progress", "tensorboard", "eval_batch_size", "keep_memory")
+MAY_DIFFER = (
+    "output",
+    "resume",
+    "device",
+    "progress",
+    "tensorboard",
+    "eval_batch_size",
+    "keep_memory",
+    "workers",
+    "cache_dir",
+    "max_bad_fraction",
+)
 
 
 class RunFolder:
@@ -32,6 +43,7 @@ class RunFolder:
         self.last = self.path / "last.pt"
         self.best = self.path / "best.pt"
         self.model = self.path / "model.pt"
+        self.bad_images = self.path / "bad_images.csv"
 
     @staticmethod
     def check_free(output: str | None) -> None:
@@ -124,6 +136,10 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``; NaN and infinities become null."""
         write_text(self.summary, json.dumps(_finite(summary), allow_nan=False, indent=2) + "\n")
+
+    def write_bad_images(self, table: str) -> None:
+        """Write ``bad_images.csv``: part, id, reason and file of each image that could not be read."""
+        write_text(self.bad_images, table)
 
     def _read_config(self) -> dict[str, Any]:
         try:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fastadvisor.data import cifar, corruption
+from fastadvisor.data import corruption
+from fastadvisor.data.readers import cifar
 from fastadvisor.errors import UserError
 
 NAMES = list(cifar.CIFAR10)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from fastadvisor.config import DataConfig
-from fastadvisor.data import Source, cifar, prepare
+from fastadvisor.data import ArrayImages, FileImages, Source, Split, prepare
+from fastadvisor.data.paths import PathTable
+from fastadvisor.data.readers import cifar
 from fastadvisor.errors import UserError
 
 NO_MEAN = (0.0, 0.0, 0.0)
@@ -21,19 +23,20 @@ def numbered(start, count, side=2):
     return torch.from_numpy(images.reshape(count, side, side, 3))
 
 
+def split(images, labels):
+    return Split(ArrayImages(images), labels)
+
+
 def balanced(classes=10, per_class=60, names=None, meta_per_class=0, **fields):
     count = classes * per_class
     labels = torch.arange(count) % classes
     if meta_per_class:
-        fields["meta_images"] = numbered(2_000_000, classes * meta_per_class)
-        fields["meta_labels"] = torch.arange(classes * meta_per_class) % classes
+        fields["meta"] = split(numbered(2_000_000, classes * meta_per_class), torch.arange(classes * meta_per_class) % classes)
     return Source(
         name="fake",
         classes=names or [f"c{i}" for i in range(classes)],
-        images=numbered(0, count),
-        labels=labels,
-        test_images=numbered(1_000_000, classes),
-        test_labels=torch.arange(classes),
+        train=split(numbered(0, count), labels),
+        test=split(numbered(1_000_000, classes), torch.arange(classes)),
         mean=NO_MEAN,
         std=(1.0, 1.0, 1.0),
         **fields,
@@ -68,7 +71,7 @@ def test_meta_and_train_are_disjoint_and_meta_is_clean():
     assert not set(data.train_ids.tolist()) & set(data.meta_ids.tolist())
     assert torch.equal(data.labels[data.meta_ids], data.true_labels[data.meta_ids])
     assert 0.3 < data.noise_rate() < 0.7
-    assert torch.equal(data.true_labels, balanced().labels)
+    assert torch.equal(data.true_labels, balanced().train.labels)
 
 
 def test_the_meta_set_depends_on_the_seed_alone():
@@ -100,9 +103,9 @@ def test_seeds():
 
 def test_the_source_is_left_as_it_was():
     source = balanced()
-    labels = source.labels.clone()
+    labels = source.train.labels.clone()
     prepare(source, DataConfig(noise="flip", noise_rate=1.0), 0)
-    assert torch.equal(source.labels, labels)
+    assert torch.equal(source.train.labels, labels)
 
 
 def test_tail_by_the_true_label_then_noise_or_the_other_way_round():
@@ -119,11 +122,12 @@ def test_tail_by_the_true_label_then_noise_or_the_other_way_round():
 
 def test_no_meta_image_has_a_twin_in_training():
     source = balanced(classes=4, per_class=30)
-    source.images[4:84] = source.images[84:].repeat(3, 1, 1, 1)[:80]  # all but the first four and some have copies
-    source.images[100:120] = numbered(5000, 20)
+    images = source.train.images.pixels
+    images[4:84] = images[84:].repeat(3, 1, 1, 1)[:80]  # all but the first four and some have copies
+    images[100:120] = numbered(5000, 20)
     data = prepare(source, DataConfig(meta_per_class=3), 1)
-    meta = {image.numpy().tobytes() for image in data.images[data.meta_ids]}
-    train = {image.numpy().tobytes() for image in data.images[data.train_ids]}
+    meta = {image.numpy().tobytes() for image in data.images.pixels[data.meta_ids]}
+    train = {image.numpy().tobytes() for image in data.images.pixels[data.train_ids]}
     assert not meta & train
     with pytest.raises(UserError, match=r"'c0' has only \d+ images without an identical copy.*--meta-per-class 20"):
         prepare(source, DataConfig(meta_per_class=20), 1)
@@ -133,7 +137,7 @@ def test_a_meta_set_of_its_own_is_appended_whole():
     data = prepare(balanced(meta_per_class=2), DataConfig(noise="flip", noise_rate=1.0, meta_per_class=7), 0)
     assert data.meta_ids.tolist() == list(range(600, 620))
     assert data.train_ids.tolist() == list(range(600))
-    assert torch.equal(data.images[600:], numbered(2_000_000, 20))
+    assert torch.equal(data.images.pixels[600:], numbered(2_000_000, 20))
     assert data.labels[600:].tolist() == [*range(10), *range(10)]
     assert data.noise_rate() == 1.0
 
@@ -151,19 +155,19 @@ def test_a_noise_kind_at_rate_zero_is_fine():
 
 def test_a_meta_image_among_the_training_images_is_refused_by_content():
     source = balanced(meta_per_class=2)
-    source.meta_images[5] = source.images[17]
+    source.meta.images.pixels[5] = source.train.images.pixels[17]
     with pytest.raises(UserError, match=r"meta image number 5 is also the training image number 17 \(1 of 20"):
         prepare(source, DataConfig(), 0)
-    source.paths = [f"train/{i}.png" for i in range(600)]
-    source.meta_paths = [f"meta/{i}.png" for i in range(20)]
+    source.train.images.files = FileImages("train", PathTable.of(f"{i}.png" for i in range(600)))
+    source.meta.images.files = FileImages("meta", PathTable.of(f"{i}.png" for i in range(20)))
     with pytest.raises(UserError, match=r"meta/5.png is also the training image train/17.png"):
         prepare(source, DataConfig(), 0)
 
 
 def test_meta_images_in_the_test_set_are_warned_about():
     source = balanced()
-    source.test_images = source.images[:300].clone()
-    with pytest.warns(UserWarning, match=r"of 100 meta images are test images too.*sample \d+"):
+    source.test = split(source.train.images.pixels[:300].clone(), source.train.labels[:300])
+    with pytest.warns(UserWarning, match=r"of 100 meta images are test images too.*number \d+"):
         prepare(source, DataConfig(), 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -190,15 +194,15 @@ def test_settings_that_do_not_suit_are_refused(config, message):
 
 def test_incomplete_sources_are_refused():
     source = balanced()
-    source.labels[4] = 10
+    source.train.labels[4] = 10
     with pytest.raises(UserError, match=r"training label at position 4 is 10.*10 classes"):
         prepare(source, DataConfig(), 0)
     source = balanced(meta_per_class=1)
-    source.meta_labels[3] = 4
+    source.meta.labels[3] = 4
     with pytest.raises(UserError, match="'c3' has no meta images"):
         prepare(source, DataConfig(), 0)
     source = balanced(meta_per_class=1)
-    source.labels[source.labels == 6] = 5
+    source.train.labels[source.train.labels == 6] = 5
     with pytest.raises(UserError, match="'c6' has no training images"):
         prepare(source, DataConfig(), 0)
 
@@ -226,7 +230,7 @@ def test_labels_from_a_file_replace_the_noise(tmp_path, name):
     write_labels(tmp_path / name, labels)
     data = prepare(balanced(), DataConfig(labels=str(tmp_path / name), imbalance_factor=2), 0)
     np.testing.assert_array_equal(data.labels[data.train_ids], labels[data.train_ids])
-    assert torch.equal(data.labels[data.meta_ids], balanced().labels[data.meta_ids])
+    assert torch.equal(data.labels[data.meta_ids], balanced().train.labels[data.meta_ids])
     assert data.noise_rate() == pytest.approx(0.9, abs=0.05)
 
 

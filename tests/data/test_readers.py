@@ -8,8 +8,13 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from fastadvisor.config import DataConfig
-from fastadvisor.data import cifar, decode, load_source, prepare
+from fastadvisor.config import Config, DataConfig
+from fastadvisor.data import FileImages, decode, into_memory, load_source, prepare
+from fastadvisor.data.bad import BadImages
+from fastadvisor.data.geometry import Geometry
+from fastadvisor.data.loaders import choice
+from fastadvisor.data.paths import PathTable
+from fastadvisor.data.readers import cifar
 from fastadvisor.errors import UserError
 
 # The published fine-to-coarse map of CIFAR-100, by fine label.
@@ -39,7 +44,17 @@ def folders(root, splits=("train", "test"), classes=("a", "b"), per_class=3, siz
 
 
 def read(root, **settings):
-    return load_source(DataConfig(dataset="imagefolder", data_root=str(root), **settings))
+    """Read and decode, as a run with the resident loader does."""
+    config = Config(dataset="imagefolder", data_root=str(root), **settings)
+    source = into_memory(load_source(config), config, torch.device("cpu"))
+    for part, split in (("training", source.train), ("test", source.test)):
+        BadImages(part, split.images, len(split), config.max_bad_fraction).add(split.images.bad)
+    return source
+
+
+def decoded(root, names, side):
+    images = FileImages(root, PathTable.of(names))
+    return decode.decode_all(images, np.arange(len(names)), Geometry(side, side, "pad"))[0]
 
 
 # ---- digits ----
@@ -47,16 +62,17 @@ def read(root, **settings):
 
 def test_digits():
     source = load_source(DataConfig())
-    assert source.images.shape == (1300, 8, 8, 3)
-    assert source.test_images.shape == (497, 8, 8, 3)
-    assert source.images.dtype == torch.uint8
-    assert source.images.max() == 255
-    assert torch.equal(source.images[..., 0], source.images[..., 2])
-    assert source.labels.dtype == source.test_labels.dtype == torch.int64
-    scaled = source.images.double() / 255
+    images = source.train.images.pixels
+    assert images.shape == (1300, 8, 8, 3)
+    assert source.test.images.pixels.shape == (497, 8, 8, 3)
+    assert images.dtype == torch.uint8
+    assert images.max() == 255
+    assert torch.equal(images[..., 0], images[..., 2])
+    assert source.train.labels.dtype == source.test.labels.dtype == torch.int64
+    scaled = images.double() / 255
     assert scaled.mean().item() == pytest.approx(source.mean[0], abs=1e-6)
     assert scaled.std(correction=0).item() == pytest.approx(source.std[0], abs=1e-6)
-    assert torch.equal(load_source(DataConfig()).images, source.images)
+    assert torch.equal(load_source(DataConfig()).train.images.pixels, images)
     data = prepare(source, DataConfig(), 0)
     assert (len(data.train_ids), len(data.meta_ids)) == (1200, 100)
 
@@ -108,9 +124,9 @@ def test_cifar_pickles(tmp_path, name, inside):
     source = load_source(DataConfig(dataset=name, data_root=str(root)))
     *train, test = written.values()
     data = np.concatenate([part[0] for part in train]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(source.images.numpy(), data)
-    assert source.labels.tolist() == [label for part in train for label in part[1]]
-    assert source.test_labels.tolist() == test[1]
+    np.testing.assert_array_equal(source.train.images.pixels.numpy(), data)
+    assert source.train.labels.tolist() == [label for part in train for label in part[1]]
+    assert source.test.labels.tolist() == test[1]
     assert source.classes == list(cifar.CLASSES[name])
     assert (source.superclasses is None) == (name == "cifar10")
     assert source.mean[0] == pytest.approx(125.3 / 255)
@@ -140,10 +156,10 @@ def test_a_failed_download_is_a_sentence(tmp_path, monkeypatch):
 def test_cifar_as_folders(tmp_path):
     folders(tmp_path, classes=cifar.CIFAR10, per_class=1, size=(32, 32))
     source = load_source(DataConfig(dataset="cifar10", data_root=str(tmp_path)))
-    assert source.images.shape == (10, 32, 32, 3)
-    assert source.labels.tolist() == list(range(10))
+    assert source.image_size == 32
+    assert source.train.labels.tolist() == list(range(10))
     assert source.mean == cifar.MEAN
-    assert source.paths[0].endswith("train/airplane/0.png")
+    assert source.train.images.name(0).endswith("train/airplane/0.png")
 
 
 def test_folders_that_are_not_cifar_are_refused(tmp_path):
@@ -161,11 +177,11 @@ def test_images_of_one_size_keep_their_bytes(tmp_path):
     pixels = picture(tmp_path / "train" / "red pears" / "ünï 1.PNG", (9, 9), seed=9)
     source = read(tmp_path)
     assert source.classes == ["große Äpfel", "red pears"]
-    assert source.images.shape == (7, 9, 9, 3)
-    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    np.testing.assert_array_equal(source.images[6], pixels)
-    assert source.paths[6].endswith("ünï 1.PNG")
-    assert source.meta_images is None
+    assert source.train.images.pixels.shape == (7, 9, 9, 3)
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    np.testing.assert_array_equal(source.train.images.pixels[6], pixels)
+    assert source.train.images.name(6).endswith("ünï 1.PNG")
+    assert source.meta is None
     assert source.mean == (0.485, 0.456, 0.406)
 
 
@@ -175,8 +191,8 @@ def test_other_files_hidden_files_and_val_are_understood(tmp_path):
     (tmp_path / "train" / "a" / "._0.jpg").write_text("left by macOS")
     (tmp_path / "train" / ".cache").mkdir()
     source = read(tmp_path)
-    assert len(source.images) == len(source.test_images) == len(source.meta_images) == 6
-    assert source.meta_paths[0].endswith("meta/a/0.jpg")
+    assert len(source.train) == len(source.test) == len(source.meta) == 6
+    assert source.meta.images.name(0).endswith("meta/a/0.jpg")
     data = prepare(source, DataConfig(), 0)
     assert data.meta_ids.tolist() == list(range(6, 12))
 
@@ -184,18 +200,18 @@ def test_other_files_hidden_files_and_val_are_understood(tmp_path):
 def test_size_is_the_median_shorter_side_or_the_users(tmp_path):
     folders(tmp_path, size=(12, 10))
     picture(tmp_path / "train" / "a" / "big.jpg", (50, 40))
-    assert read(tmp_path).images.shape == (7, 10, 10, 3)
-    assert read(tmp_path, image_size=6).images.shape == (7, 6, 6, 3)
+    assert read(tmp_path).train.images.pixels.shape == (7, 10, 10, 3)
+    assert read(tmp_path, image_size=6).train.images.pixels.shape == (7, 6, 6, 3)
 
 
 def test_large_images_are_capped(tmp_path):
     picture(tmp_path / "x.png", (300, 260))
-    assert decode.choose_side([tmp_path / "x.png"]) == 224
+    assert decode.choose_side(FileImages(tmp_path, PathTable.of(["x.png"]))) == 224
 
 
 def test_center_crop(tmp_path):
     pixels = picture(tmp_path / "x.png", (14, 10))
-    np.testing.assert_array_equal(decode.decode([tmp_path / "x.png"], 10)[0], pixels[:, 2:12])
+    np.testing.assert_array_equal(decoded(tmp_path, ["x.png"], 10)[0], pixels[:, 2:12])
 
 
 def test_exif_rotation_is_undone(tmp_path):
@@ -203,7 +219,7 @@ def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side: turn clockwise by 90 degrees to view
     Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(decode.decode([tmp_path / "x.png"], 8)[0], np.rot90(pixels, -1))
+    np.testing.assert_array_equal(decoded(tmp_path, ["x.png"], 8)[0], np.rot90(pixels, -1))
 
 
 def test_gray_palette_alpha_and_sixteen_bits_become_rgb(tmp_path):
@@ -211,7 +227,7 @@ def test_gray_palette_alpha_and_sixteen_bits_become_rgb(tmp_path):
     Image.fromarray(gray.astype(np.uint16) * 256).save(tmp_path / "deep.png")
     Image.fromarray(gray).convert("RGBA").save(tmp_path / "alpha.png")
     Image.fromarray(gray).convert("P").save(tmp_path / "palette.png", transparency=b"\x00\xff")
-    out = decode.decode([tmp_path / f"{name}.png" for name in ("gray", "deep", "alpha", "palette")], 8)
+    out = decoded(tmp_path, ["gray.png", "deep.png", "alpha.png", "palette.png"], 8)
     for image in out[:3]:
         np.testing.assert_array_equal(image, np.repeat(gray[..., None], 3, axis=2))
 
@@ -222,7 +238,7 @@ def test_broken_images_are_named_and_counted(tmp_path):
     victim.write_bytes(victim.read_bytes()[:200])
     (tmp_path / "train" / "b" / "1.png").write_bytes(b"")
     (tmp_path / "train" / "b" / "2.png").write_text("<html>")
-    with pytest.raises(UserError, match=r"a/3.png and 2 more \(3 of 16 files"):
+    with pytest.raises(UserError, match=r"a/3.png and 2 more \(3 of 16 training files; the first: cut short"):
         read(tmp_path)
     for path in (tmp_path / "train").rglob("*.png"):
         path.write_bytes(b"")
@@ -232,9 +248,9 @@ def test_broken_images_are_named_and_counted(tmp_path):
 
 def test_what_does_not_fit_in_memory_is_refused_before_decoding(tmp_path, monkeypatch):
     folders(tmp_path)
-    monkeypatch.setattr(decode, "available_memory", lambda: 1000)
+    monkeypatch.setattr(choice, "available_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"100000 x 100000 need 360.0 GB.*0.0 GB are free.*--image-size"):
-        read(tmp_path, image_size=100_000)
+        read(tmp_path, image_size=100_000, loader="resident")
 
 
 def test_available_memory_is_told():

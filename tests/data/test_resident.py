@@ -97,7 +97,7 @@ def test_loaders_share_one_table_and_the_cpu_shares_the_data():
     data = prepare(load_source(DataConfig()), DataConfig(), 0)
     shared = ResidentImages.of(data, CPU)
     train, meta = loader(data.train_ids, images=shared), loader(data.meta_ids, images=shared)
-    assert train.table.images.data_ptr() == meta.table.images.data_ptr() == data.images.data_ptr()
+    assert train.table.images.data_ptr() == meta.table.images.data_ptr() == data.images.pixels.data_ptr()
     own = ResidentLoader(data, data.meta_ids, 100, augment=Augmentation(1, False, MEAN, STD), device=CPU, seed=0)
     assert sorted(own.next_batch().ids.tolist()) == sorted(data.meta_ids.tolist())
 

@@ -58,7 +58,7 @@ def test_nothing_installed(machine):
 def test_installed_without_a_gpu(machine, monkeypatch):
     machine(packages=["triton", "tensorboard"], specs={"nvidia": 1, "nvidia.dali": 1})
     assert part("triton") == (False, "1.2.3 installed, no GPU driver (plain torch does its work)")
-    assert part("nvidia-dali") == (False, "installed, no GPU driver")
+    assert part("nvidia-dali") == (True, "installed (on the CPU)")
     assert part("tensorboard") == (True, "1.2.3")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert part("triton") == (True, "1.2.3 (interpreter)")

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from fastadvisor.config import DataConfig
-from fastadvisor.data.types import Source
+from fastadvisor.data.images import ArrayImages
+from fastadvisor.data.types import Source, Split
 
 TRAINING_POOL = 1300
 """Images that are not the test set: 1,200 to train on and 10 clean ones a class (method.md, "What was seen")."""
@@ -26,10 +27,9 @@ def read(config: DataConfig) -> Source:
     return Source(
         name="digits",
         classes=[str(digit) for digit in range(10)],
-        images=images[train],
-        labels=labels[train],
-        test_images=images[test],
-        test_labels=labels[test],
+        train=Split(ArrayImages(images[train]), labels[train]),
+        test=Split(ArrayImages(images[test]), labels[test]),
         mean=(mean, mean, mean),
         std=(std, std, std),
+        image_size=images.shape[1],
     )

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from fastadvisor.config import DataConfig
-from fastadvisor.data import imagefolder
-from fastadvisor.data.types import Source
+from fastadvisor.data.images import ArrayImages
+from fastadvisor.data.readers import imagefolder
+from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
 
 MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
@@ -48,10 +49,10 @@ CLASSES = {"cifar10": CIFAR10, "cifar100": tuple(sorted(name for g in CIFAR100_S
 
 
 def read(config: DataConfig) -> Source:
-    """Read ``config.dataset`` (cifar10 or cifar100) from ``config.data_root``, images (N, 32, 32, 3) uint8.
+    """Read ``config.dataset`` (cifar10 or cifar100) from ``config.data_root``, images of 32 × 32 pixels.
 
     Raises:
-        UserError: no root, nothing there that this reader knows, a broken archive or image, or a failed download.
+        UserError: no root, nothing there that this reader knows, a broken archive, or a failed download.
     """
     name, archive = config.dataset, ARCHIVES[config.dataset]
     if config.data_root is None:
@@ -90,7 +91,7 @@ def _from_pickles(name: str, root: Path, download: bool) -> Source:
         else:
             way = f"is incomplete or damaged: delete {root / ARCHIVES[name]} and run again with --download."
         raise UserError(f"{name} {way}") from None
-    return _source(name, list(train.classes), _tensors(train), _tensors(test))
+    return _source(name, list(train.classes), _split(train), _split(test))
 
 
 def _from_folders(name: str, root: Path) -> Source:
@@ -104,25 +105,18 @@ def _from_folders(name: str, root: Path) -> Source:
             )
     if len(folders.classes) != len(CLASSES[name]):
         raise UserError(f"{root / 'train'} holds {len(folders.classes)} classes, {name} has {len(CLASSES[name])}.")
-    imagefolder.check_memory(folders, 32)
-    train, test = (imagefolder.decode_split(split, 32) for split in (folders.train, folders.test))
-    return _source(name, folders.classes, train, test, [str(path) for path in folders.train.paths])
+    return _source(name, folders.classes, folders.train, folders.test)
 
 
-def _source(
-    name: str,
-    classes: list[str],
-    train: tuple[torch.Tensor, torch.Tensor],
-    test: tuple[torch.Tensor, torch.Tensor],
-    paths: list[str] | None = None,
-) -> Source:
+def _source(name: str, classes: list[str], train: Split, test: Split) -> Source:
     groups = superclasses(classes) if name == "cifar100" else None
-    return Source(name, classes, *train, *test, mean=MEAN, std=STD, superclasses=groups, paths=paths or [])
+    return Source(name, classes, train, test, mean=MEAN, std=STD, image_size=32, superclasses=groups)
 
 
-def _tensors(dataset: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a torchvision CIFAR's images (N, 32, 32, 3) uint8 and labels (N,) int64."""
-    return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets, dtype=torch.int64)
+def _split(dataset: Any) -> Split:
+    """Return a torchvision CIFAR's images (N, 32, 32, 3) uint8 and labels."""
+    images = ArrayImages(torch.from_numpy(np.ascontiguousarray(dataset.data)))
+    return Split(images, torch.tensor(dataset.targets, dtype=torch.int64))
 
 
 def _line(error: Exception) -> str:

@@ -1,14 +1,16 @@
 """The loader for data sets that fit in device memory: no workers, no copies, no host in the loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastadvisor.data.augment import Augmentation
-from fastadvisor.data.types import Batch, TrainingData
+from fastadvisor.data.augment import Augmentation, normalize
+from fastadvisor.data.images import ArrayImages
+from fastadvisor.data.loaders.stream import check_state, set_generator
+from fastadvisor.data.types import Batch, TrainingData, Triple
 from fastadvisor.errors import UserError
 
 
@@ -23,20 +25,22 @@ class ResidentImages:
 
     @classmethod
     def of(cls, data: TrainingData, device: torch.device) -> "ResidentImages":
-        """Move ``data`` to ``device`` (on the CPU: share it).
+        """Move ``data``, whose images are in memory, to ``device`` (on the CPU: share it).
 
         Raises:
             UserError: the images do not fit in the GPU's free memory.
         """
-        needed = data.images.numel()
+        assert isinstance(data.images, ArrayImages)
+        pixels = data.images.pixels
+        needed = pixels.numel()
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if needed > free:
                 raise UserError(
                     f"The images of {data.name} need {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: "
-                    "choose smaller images with --image-size, or --device cpu."
+                    "add --loader dali or torch, or choose smaller images with --image-size."
                 )
-        return cls(data.images.to(device), data.labels.to(device))
+        return cls(pixels.to(device), data.labels.to(device))
 
 
 class ResidentLoader:
@@ -71,9 +75,11 @@ class ResidentLoader:
         augment.check(self.table.images)
         self.batch_size, self.augment = batch_size, augment
         self._ids = ids.to(device)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator, self._host = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
         self._order = self._permutation()
         self._position = 0  # a host integer: knowing it costs no synchronisation
+        self.waited = 0.0
+        """As of the other loaders: there is nothing to wait for."""
 
     def __len__(self) -> int:
         """Full batches an epoch."""
@@ -91,12 +97,13 @@ class ResidentLoader:
             self._order, self._position = self._permutation(), 0
         ids = self._ids[self._order[self._position : self._position + self.batch_size]]
         self._position += self.batch_size
-        return Batch(self.augment(self.table.images, ids, self._generator), self.table.labels[ids], ids)
+        return Batch(self.augment(self.table.images, ids, self._generator, self._host), self.table.labels[ids], ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as CPU tensors and an integer."""
         return {
             "generator": self._generator.get_state(),
+            "host": self._host.get_state(),
             "order": self._order.cpu().clone(),
             "position": self._position,
         }
@@ -107,19 +114,34 @@ class ResidentLoader:
         Raises:
             UserError: the state is of another training set, or of another kind of device.
         """
-        if len(state["order"]) != len(self._ids):
-            raise UserError(
-                f"The saved run drew from {len(state['order'])} images, this one has {len(self._ids)}: "
-                "continue it with the data settings it was started with."
-            )
-        try:
-            self._generator.set_state(state["generator"].cpu())
-        except RuntimeError:  # CPU and CUDA have different generators
-            raise UserError(
-                "The saved run drew its batches on another kind of device: resume it with the --device it was started on."
-            ) from None
+        check_state(state, "order", len(self._ids))
+        set_generator(self._generator, state["generator"])
+        set_generator(self._host, state["host"])
         self._order = state["order"].to(self._ids.device)
         self._position = int(state["position"])
 
+    def close(self) -> None:
+        """There is nothing to end."""
+
     def _permutation(self) -> Tensor:
         return torch.randperm(len(self._ids), generator=self._generator, device=self._ids.device)
+
+
+class ResidentEvaluation:
+    """The test images in order, each once."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, mean: Triple, std: Triple) -> None:
+        """Take (N, H, W, 3) uint8 ``images`` and (N,) int64 ``labels`` on one device, in batches of ``batch_size``."""
+        self.images, self.labels, self.batch_size, self.mean, self.std = images, labels, batch_size, mean, std
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = torch.arange(len(self.labels), device=self.labels.device)
+        for ids in rows.split(self.batch_size):
+            yield Batch(normalize(self.images[ids], self.mean, self.std), self.labels[ids], ids)
+
+    def close(self) -> None:
+        """There is nothing to end."""

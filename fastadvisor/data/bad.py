@@ -1,0 +1,60 @@
+"""Images that cannot be read: counted, listed, and too many of them refused."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+
+from fastadvisor.data.images import Images
+from fastadvisor.errors import UserError
+
+COLUMNS = ("part", "id", "reason", "image")
+
+
+class BadImages:
+    """Those of one part of a data set (training, meta, test), by row."""
+
+    def __init__(self, part: str, images: Images, total: int, max_fraction: float) -> None:
+        """Set up.
+
+        Args:
+            part: what to call it in messages.
+            images: for their names.
+            total: images of the part.
+            max_fraction: of ``total``, rounded down, how many may be bad.
+        """
+        self.part, self.images, self.total, self.max_fraction = part, images, total, max_fraction
+        self.reasons: dict[int, str] = {}
+
+    def add(self, found: Mapping[int, str]) -> None:
+        """Count the images of ``found``, row -> reason; twice is once.
+
+        Raises:
+            UserError: more than may be; names the first.
+        """
+        self.reasons.update(found)
+        if len(self.reasons) > int(self.max_fraction * self.total):
+            first, reason = next(iter(self.reasons.items()))
+            more = f" and {len(self.reasons) - 1} more" if len(self.reasons) > 1 else ""
+            raise UserError(
+                f"Cannot read the image {self.images.name(first)}{more} "
+                f"({len(self.reasons)} of {self.total} {self.part} files; the first: {reason}): "
+                f"replace or delete them, or raise --max-bad-fraction, which is {self.max_fraction:g}."
+            )
+
+    def first(self, count: int) -> list[tuple[int, str]]:
+        """Return row and reason of the first ``count``."""
+        return sorted(self.reasons.items())[:count]
+
+    def rows(self) -> Iterable[tuple[str, int, str, str]]:
+        """Return (part, id, reason, name) of each."""
+        return [(self.part, row, reason, self.images.name(row)) for row, reason in sorted(self.reasons.items())]
+
+
+def table(parts: Iterable[BadImages]) -> str:
+    """Return the bad images of ``parts`` as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for part in parts:
+        writer.writerows(part.rows())
+    return text.getvalue()

@@ -1,0 +1,260 @@
+"""Where images are: in memory, in files, in the members of tar shards. One interface, encoded bytes by row."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastadvisor.data.paths import Ints, PathTable
+
+STAT_THREADS = 16
+"""Threads that ask for file sizes: on a network file system each answer is a round trip."""
+
+
+class Images(Protocol):
+    """N images by row."""
+
+    def __len__(self) -> int: ...
+
+    def encoded(self, row: int) -> bytes:
+        """Return the encoded image (JPEG, PNG, PPM, ...); OSError where it cannot be read."""
+        ...
+
+    def name(self, row: int) -> str:
+        """Return what to call the image in a message: its path, or its number."""
+        ...
+
+    def select(self, rows: NDArray[np.integer]) -> "Images":
+        """Return the images of ``rows``, in that order."""
+        ...
+
+    def sizes(self, rows: NDArray[np.integer]) -> Ints:
+        """Return the encoded size of each of ``rows`` in bytes, -1 where there is no such file; (len(rows),) int64."""
+        ...
+
+    def digest(self, row: int) -> bytes:
+        """Return 16 bytes that are equal where the content is; OSError where it cannot be read."""
+        ...
+
+
+class ArrayImages:
+    """Images that are in memory, all of one size."""
+
+    def __init__(self, pixels: Tensor, files: "Images | None" = None, bad: Mapping[int, str] | None = None) -> None:
+        """Take the pixels.
+
+        Args:
+            pixels: (N, H, W, 3) uint8.
+            files: where they were decoded from, for their names.
+            bad: rows that could not be decoded, with the reason; their pixels mean nothing.
+        """
+        self.pixels, self.files, self.bad = pixels, files, dict(bad or {})
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def encoded(self, row: int) -> bytes:
+        """Return the image as PPM, which holds the pixels as they are."""
+        return ppm(self.pixels[row].cpu().numpy())
+
+    def name(self, row: int) -> str:
+        """Return the file's name, or "number ROW"."""
+        return f"number {row}" if self.files is None else self.files.name(row)
+
+    def select(self, rows: NDArray[np.integer]) -> "ArrayImages":
+        """Return the images of ``rows``, copied."""
+        bad = {place: self.bad[row] for place, row in enumerate(rows.tolist()) if row in self.bad}
+        files = None if self.files is None else self.files.select(rows)
+        return ArrayImages(self.pixels[torch.from_numpy(np.asarray(rows, dtype=np.int64))], files, bad)
+
+    def sizes(self, rows: NDArray[np.integer]) -> Ints:
+        """Return H * W * 3 for each, -1 for the bad ones."""
+        sizes = np.full(len(rows), int(np.prod(self.pixels.shape[1:])), dtype=np.int64)
+        return np.where(np.isin(rows, list(self.bad)), -1, sizes) if self.bad else sizes
+
+    def digest(self, row: int) -> bytes:
+        """Return a digest of the pixels."""
+        return digest_of(self.pixels[row].cpu().contiguous().numpy().tobytes())
+
+
+class FileImages:
+    """Image files under a root."""
+
+    def __init__(self, root: Path, paths: PathTable) -> None:
+        """Take the folder and the paths relative to it."""
+        self.root, self.paths = Path(root), paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def encoded(self, row: int) -> bytes:
+        """Read the file."""
+        with open(self._path(row), "rb", buffering=0) as file:
+            return file.read()
+
+    def name(self, row: int) -> str:
+        """Return the path."""
+        return self._path(row)
+
+    def select(self, rows: NDArray[np.integer]) -> "FileImages":
+        """Return the files of ``rows``; nothing is read."""
+        return FileImages(self.root, self.paths.select(rows))
+
+    def sizes(self, rows: NDArray[np.integer]) -> Ints:
+        """Ask the file system."""
+
+        def size(row: int) -> int:
+            try:
+                return os.stat(self._path(row)).st_size
+            except OSError:
+                return -1
+
+        if len(rows) < 1000:
+            return np.array([size(row) for row in rows.tolist()], dtype=np.int64)
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            found = pool.map(lambda part: [size(row) for row in part.tolist()], np.array_split(rows, 8 * STAT_THREADS))
+            return np.array([one for part in found for one in part], dtype=np.int64)
+
+    def digest(self, row: int) -> bytes:
+        """Return a digest of the file's bytes."""
+        return digest_of(self.encoded(row))
+
+    def _path(self, row: int) -> str:
+        return os.path.join(self.root, self.paths[row])
+
+
+class TarImages:
+    """Members of uncompressed tar files (WebDataset shards): read where they lie, by offset."""
+
+    def __init__(self, shards: Sequence[Path], shard: Ints, offset: Ints, size: Ints, names: PathTable) -> None:
+        """Take the tar files, and for each image the number of its shard, where it begins, its size, and a name; (N,) each."""
+        self.shards, self.shard, self.offset, self.size, self.names = list(shards), shard, offset, size, names
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def encoded(self, row: int) -> bytes:
+        """Read the member."""
+        size = int(self.size[row])
+        with open(self.shards[self.shard[row]], "rb", buffering=0) as file:
+            file.seek(int(self.offset[row]))
+            data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"{self.shards[self.shard[row]]} is cut short")
+        return data
+
+    def name(self, row: int) -> str:
+        """Return "SHARD:MEMBER"."""
+        return f"{self.shards[self.shard[row]]}:{self.names[row]}"
+
+    def select(self, rows: NDArray[np.integer]) -> "TarImages":
+        """Return the members of ``rows``; nothing is read."""
+        parts = (self.shard[rows], self.offset[rows], self.size[rows])
+        return TarImages(self.shards, *parts, self.names.select(rows))
+
+    def sizes(self, rows: NDArray[np.integer]) -> Ints:
+        """Return the members' sizes."""
+        return self.size[rows]
+
+    def digest(self, row: int) -> bytes:
+        """Return a digest of the member's bytes."""
+        return digest_of(self.encoded(row))
+
+
+class JoinedImages:
+    """Several images' tables one after another."""
+
+    def __init__(self, parts: Sequence[Images]) -> None:
+        """Take the parts, in order."""
+        self.parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _find(self, row: int) -> tuple[Images, int]:
+        part = int(np.searchsorted(self._ends, row, side="right"))
+        return self.parts[part], int(row - (self._ends[part - 1] if part else 0))
+
+    def encoded(self, row: int) -> bytes:
+        """Read from the part that holds it."""
+        part, inner = self._find(row)
+        return part.encoded(inner)
+
+    def name(self, row: int) -> str:
+        """Return the part's name for it."""
+        part, inner = self._find(row)
+        return part.name(inner)
+
+    def select(self, rows: NDArray[np.integer]) -> "Images":
+        """Return a view: rows of the parts."""
+        return _Selected(self, np.asarray(rows, dtype=np.int64))
+
+    def sizes(self, rows: NDArray[np.integer]) -> Ints:
+        """Ask the parts."""
+        out = np.empty(len(rows), dtype=np.int64)
+        which = np.searchsorted(self._ends, rows, side="right")
+        for number, part in enumerate(self.parts):
+            mine = which == number
+            out[mine] = part.sizes(rows[mine] - (self._ends[number - 1] if number else 0))
+        return out
+
+    def digest(self, row: int) -> bytes:
+        """Return the part's digest."""
+        part, inner = self._find(row)
+        return part.digest(inner)
+
+
+class _Selected:
+    """Rows of other images."""
+
+    def __init__(self, images: Images, rows: Ints) -> None:
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def encoded(self, row: int) -> bytes:
+        return self.images.encoded(int(self.rows[row]))
+
+    def name(self, row: int) -> str:
+        return self.images.name(int(self.rows[row]))
+
+    def select(self, rows: NDArray[np.integer]) -> Images:
+        return _Selected(self.images, self.rows[rows])
+
+    def sizes(self, rows: NDArray[np.integer]) -> Ints:
+        return self.images.sizes(self.rows[rows])
+
+    def digest(self, row: int) -> bytes:
+        return self.images.digest(int(self.rows[row]))
+
+
+def joined(parts: Sequence[Images]) -> Images:
+    """Return the images of ``parts`` as one: in one array where all of them are in memory and of one size."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [part for part in parts if isinstance(part, ArrayImages)]
+    if len(arrays) < len(parts) or len({tuple(array.pixels.shape[1:]) for array in arrays}) > 1:
+        return JoinedImages(parts)
+    starts = np.cumsum([0, *(len(array) for array in arrays)]).tolist()
+    bad = {start + row: why for start, array in zip(starts, arrays, strict=False) for row, why in array.bad.items()}
+    return ArrayImages(torch.cat([array.pixels for array in arrays]), JoinedImages([a.files or a for a in arrays]), bad)
+
+
+def ppm(pixels: NDArray[np.uint8]) -> bytes:
+    """Return (H, W, 3) uint8 ``pixels`` as a PPM file: a header and the bytes, which every decoder reads."""
+    height, width = pixels.shape[:2]
+    return b"P6\n%d %d\n255\n" % (width, height) + np.ascontiguousarray(pixels).tobytes()
+
+
+def digest_of(content: bytes) -> bytes:
+    """Return 16 bytes that are equal where ``content`` is."""
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -1,0 +1,265 @@
+"""Which loader makes a run's batches, and all of a run's loaders together."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadvisor.config import Config, LoaderConfig
+from fastadvisor.data import bad as bad_images
+from fastadvisor.data.augment import Augmentation
+from fastadvisor.data.autoaugment import AutoAugment
+from fastadvisor.data.bad import BadImages
+from fastadvisor.data.copies import copied
+from fastadvisor.data.geometry import Geometry
+from fastadvisor.data.images import ArrayImages, Images
+from fastadvisor.data.loaders import dali
+from fastadvisor.data.loaders.choice import choose, decode_split, geometry_of, into_memory, stage
+from fastadvisor.data.loaders.resident import ResidentEvaluation, ResidentImages, ResidentLoader
+from fastadvisor.data.loaders.stream import Backend, EvaluationStream, StreamLoader
+from fastadvisor.data.loaders.synthetic import SyntheticBackend
+from fastadvisor.data.order import Order
+from fastadvisor.data.paths import Ints
+from fastadvisor.data.types import Batch, Split, TrainingData
+from fastadvisor.errors import UserError
+from fastadvisor.runtime.environment import cpu_cores
+
+MOST_WORKERS = 16
+
+
+class Loader(Protocol):
+    """A stream of training batches."""
+
+    batch_size: int
+    waited: float
+    """Seconds spent waiting for batches so far."""
+
+    def __len__(self) -> int:
+        """Full batches an epoch."""
+        ...
+
+    def next_batch(self) -> Batch:
+        """Return the next batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly there."""
+        ...
+
+    def close(self) -> None:
+        """End threads and processes."""
+        ...
+
+
+class EvaluationLoader(Protocol):
+    """The test images, each once a pass."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def close(self) -> None:
+        """End threads and processes."""
+        ...
+
+
+@dataclass
+class Loaders:
+    """What a run reads its batches from."""
+
+    name: str
+    """resident, torch, dali or synthetic."""
+    why: str
+    """Why this one."""
+    size: int
+    """Side in pixels of the images in a batch."""
+    data: TrainingData
+    """The data as the loaders see it: less the bad images that a resident loader found, and decoded for one."""
+    train: Loader
+    meta: Loader
+    test: EvaluationLoader
+    bad: list[BadImages] = field(default_factory=list)
+    """Of the training, meta and test images."""
+
+    def bad_table(self) -> str:
+        """Return all images that could not be read as CSV."""
+        return bad_images.table(self.bad)
+
+    def bad_count(self) -> int:
+        """Return how many images could not be read."""
+        return sum(len(part.reasons) for part in self.bad)
+
+    def close(self) -> None:
+        """End threads and processes."""
+        for loader in (self.train, self.meta, self.test):
+            loader.close()
+
+
+def build_loaders(config: Config, data: TrainingData, device: torch.device) -> Loaders:
+    """Build the loaders of a training run; for a resident one ``data`` has been through :func:`into_memory`.
+
+    Raises:
+        UserError: batches larger than what there is to draw from, images that do not fit in memory, too many that
+            cannot be read, or settings that contradict each other.
+    """
+    geometry = geometry_of(config, data)
+    size = geometry.size
+    name, why = choose(config, data, size, device)
+    counts = _BadOf(data, config)
+    if name == "resident":
+        data = counts.without_bad_images(data)
+    else:
+        counts.look_for_missing_files(data)
+    meta_batch = config.meta_batch_size or min(config.batch_size, len(data.meta_ids))
+    for flag, batch, part, ids in (
+        ("--batch-size", config.batch_size, "training", data.train_ids),
+        ("--meta-batch-size", meta_batch, "meta", data.meta_ids),
+    ):
+        if batch > len(ids):
+            raise UserError(f"{flag} {batch} is larger than the {len(ids)} {part} images there are: lower it.")
+    # Streams of their own, so that the meta-set cycles by itself.
+    parts = ((data.train_ids, config.batch_size, 2 * config.seed), (data.meta_ids, meta_batch, 2 * config.seed + 1))
+    pad = _augmentation(config, data) if geometry.crop == "pad" else None
+    train: Loader
+    meta: Loader
+    if name == "resident":
+        table, augment = ResidentImages.of(data, device), _augmentation(config, data)
+        train, meta = (
+            ResidentLoader(table, ids, batch, augment=augment, device=device, seed=seed) for ids, batch, seed in parts
+        )
+    else:
+        labels = data.labels.to(device)
+        if pad is not None:
+            pad.check_side(size)
+        train, meta = (
+            StreamLoader(
+                _backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed),
+                Order(_array(ids), batch, seed),
+                labels,
+                bad=bad,
+                augment=pad if name != "synthetic" else None,
+                mean=data.mean,
+                std=data.std,
+                hole=config.cutout if name != "synthetic" else 0,
+                device=device,
+            )
+            for (ids, batch, seed), bad in zip(parts, (counts.train, counts.meta), strict=True)
+        )
+    test = _test_loader(name, geometry, config, data, device, counts.test)
+    return Loaders(name, why, size, data, train, meta, test, [counts.train, counts.meta, counts.test])
+
+
+def build_test_loader(config: Config, data: TrainingData, device: torch.device) -> tuple[EvaluationLoader, int]:
+    """Build the loader of the test images alone; return it and the side in pixels of the images.
+
+    Raises:
+        UserError: as :func:`build_loaders`.
+    """
+    geometry = geometry_of(config, data)
+    data = replace(data, test=copied(data.test, "test", config, geometry))
+    name, _ = choose(config, data, geometry.size, device)
+    counts = _BadOf(data, config)
+    if name == "resident":
+        data = counts.without_bad_test_images(replace(data, test=decode_split(data.test, geometry)))
+    elif name == "synthetic":
+        name = "torch"  # what is tested is real
+    return _test_loader(name, geometry, config, data, device, counts.test), geometry.size
+
+
+class _BadOf:
+    """The counts of bad images of each part."""
+
+    def __init__(self, data: TrainingData, config: LoaderConfig) -> None:
+        most = config.max_bad_fraction
+        self.train = BadImages("training", data.images, len(data.train_ids), most)
+        self.meta = BadImages("meta", data.images, len(data.meta_ids), most)
+        self.test = BadImages("test", data.test.images, len(data.test), most)
+
+    def look_for_missing_files(self, data: TrainingData) -> None:
+        """Count files that are not there or empty before any work is lost."""
+        for part, ids in ((self.train, data.train_ids), (self.meta, data.meta_ids), (self.test, None)):
+            rows = np.arange(len(data.test)) if ids is None else _array(ids)
+            sizes = part.images.sizes(rows)
+            part.add({int(rows[at]): "no such file" if sizes[at] < 0 else "empty file" for at in np.flatnonzero(sizes <= 0)})
+
+    def without_bad_images(self, data: TrainingData) -> TrainingData:
+        """Return ``data``, which is in memory, without the images that could not be decoded."""
+        assert isinstance(data.images, ArrayImages)
+        kept = []
+        for part, ids in ((self.train, data.train_ids), (self.meta, data.meta_ids)):
+            part.add({row: data.images.bad[row] for row in ids.tolist() if row in data.images.bad})
+            kept.append(ids[torch.from_numpy(~np.isin(_array(ids), list(part.reasons)))] if part.reasons else ids)
+        return self.without_bad_test_images(replace(data, train_ids=kept[0], meta_ids=kept[1]))
+
+    def without_bad_test_images(self, data: TrainingData) -> TrainingData:
+        """Likewise for the test images."""
+        images = data.test.images
+        assert isinstance(images, ArrayImages)
+        self.test.add(images.bad)
+        if not images.bad:
+            return data
+        good = np.setdiff1d(np.arange(len(images)), list(images.bad))
+        return replace(data, test=Split(images.select(good), data.test.labels[torch.from_numpy(good)]))
+
+
+def _test_loader(
+    name: str, geometry: Geometry, config: Config, data: TrainingData, device: torch.device, bad: BadImages
+) -> EvaluationLoader:
+    batch, labels = config.eval_batch_size, data.test.labels.to(device)
+    if name == "resident":
+        assert isinstance(data.test.images, ArrayImages)
+        return ResidentEvaluation(data.test.images.pixels.to(device), labels, batch, data.mean, data.std)
+    backend = _backend(name, data.test.images, geometry, config, data, device, batch, training=False)
+    return EvaluationStream(backend, labels, batch, bad=bad, mean=data.mean, std=data.std)
+
+
+def _backend(
+    name: str,
+    images: Images,
+    geometry: Geometry,
+    config: Config,
+    data: TrainingData,
+    device: torch.device,
+    batch_size: int,
+    *,
+    training: bool,
+    seed: int = 0,
+) -> Backend:
+    workers = _workers(config)
+    if name == "synthetic":
+        return SyntheticBackend(batch_size, geometry.size, device)
+    if name == "dali":
+        mirror, policy = training and config.horizontal_flip, config.auto_augment if training else "none"
+        if geometry.crop == "pad":
+            policy = "none"  # after the padding and cropping, which the device does
+        return dali.DaliBackend(
+            images,
+            dali.Work(geometry, batch_size, device, workers, data.mean, data.std, training, mirror, policy, seed % 2**31),
+        )
+    from fastadvisor.data.loaders.torch import Batches, TorchBackend  # torchvision's transforms take a second to import
+
+    batches = Batches(images, geometry, config.horizontal_flip, config.auto_augment)
+    return TorchBackend(batches, workers, pin_memory=device.type == "cuda")
+
+
+def _augmentation(config: LoaderConfig, data: TrainingData) -> Augmentation:
+    policy = AutoAugment(config.auto_augment) if config.auto_augment != "none" else None
+    return Augmentation(config.crop_padding, config.horizontal_flip, data.mean, data.std, policy, config.cutout)
+
+
+def _workers(config: LoaderConfig) -> int:
+    return min(MOST_WORKERS, cpu_cores()) if config.workers is None else config.workers
+
+
+def _array(ids: Tensor) -> Ints:
+    return ids.cpu().numpy().astype(np.int64)
+
+
+__all__ = ["EvaluationLoader", "Loader", "Loaders", "build_loaders", "build_test_loader", "into_memory", "stage"]

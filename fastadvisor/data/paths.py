@@ -1,0 +1,79 @@
+"""Names of up to millions of files in one byte buffer: no object a name, and nothing to copy when a worker is forked."""
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+
+class PathTable:
+    """N relative paths as slices of one buffer, so that a list file's own bytes can serve as its table."""
+
+    def __init__(self, buffer: Bytes, start: Ints, stop: Ints) -> None:
+        """Take ``buffer`` (any length, uint8) and where each path starts and stops in it, (N,) int64 each."""
+        self.buffer, self.start, self.stop = buffer, start, stop
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> "PathTable":
+        """Build a table from strings, as the file system encodes them."""
+        joined, stops = bytearray(), []
+        for path in paths:
+            joined += os.fsencode(path)
+            stops.append(len(joined))
+        stop = np.array(stops, dtype=np.int64)
+        return cls(np.frombuffer(bytes(joined), dtype=np.uint8), np.concatenate([[0], stop[:-1]]).astype(np.int64), stop)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def __getitem__(self, row: int) -> str:
+        return os.fsdecode(self.buffer[self.start[row] : self.stop[row]].tobytes())
+
+    def select(self, rows: NDArray[np.integer]) -> "PathTable":
+        """Return the paths of ``rows``, in that order; the buffer is shared."""
+        return PathTable(self.buffer, self.start[rows], self.stop[rows])
+
+    def without_prefix(self, prefix: str) -> "PathTable":
+        """Return the table with ``prefix`` cut off every path that begins with it; the buffer is shared."""
+        wanted = os.fsencode(prefix)
+        begins = self.stop - self.start >= len(wanted)
+        for offset, byte in enumerate(wanted):
+            at = np.minimum(self.start + offset, len(self.buffer) - 1)
+            begins &= self.buffer[at] == byte
+        return PathTable(self.buffer, self.start + len(wanted) * begins, self.stop)
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Return a 64-bit polynomial hash of each path, (N,); equal paths have equal hashes."""
+        value = (self.stop - self.start).astype(np.uint64)
+        longest = int((self.stop - self.start).max(initial=0))
+        for offset in range(longest):
+            at = self.start + offset
+            inside = at < self.stop
+            byte = self.buffer[np.where(inside, at, 0)].astype(np.uint64) + np.uint64(1)
+            value = np.where(inside, value * np.uint64(0x100000001B3) ^ byte, value)
+        return value
+
+    def find(self, others: "PathTable") -> Ints:
+        """Return for each of the M paths of ``others`` its row in this table, -1 where there is none, (M,) int64."""
+        if not len(self):
+            return np.full(len(others), -1, dtype=np.int64)
+        mine, theirs = self.hashes(), others.hashes()
+        order = np.argsort(mine, kind="stable")
+        at = np.minimum(np.searchsorted(mine[order], theirs), len(order) - 1)
+        rows = order[at]
+        # Equal hashes of different paths: a chance of 1 in 10^7 for a million files, and equality is checked.
+        return np.where((mine[rows] == theirs) & self._equal(rows, others), rows, -1)
+
+    def _equal(self, rows: Ints, others: "PathTable") -> NDArray[np.bool_]:
+        start, stop = self.start[rows], self.stop[rows]
+        same = (stop - start) == (others.stop - others.start)
+        for offset in range(int((stop - start)[same].max(initial=0))):
+            inside = same & (start + offset < stop)
+            mine = self.buffer[np.where(inside, start + offset, 0)]
+            theirs = others.buffer[np.where(inside, others.start + offset, 0)]
+            same &= ~inside | (mine == theirs)
+        return same

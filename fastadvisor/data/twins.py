@@ -1,0 +1,55 @@
+"""Images that are there twice: the same bytes under two numbers (of images in memory, the same pixels)."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from fastadvisor.data.images import ArrayImages, Images
+from fastadvisor.data.paths import Ints
+
+MOST_READ = 50_000
+"""Files that are read, at most, to find twins before a run; half a minute from a disk."""
+
+
+class Twin(NamedTuple):
+    """Row ``one`` of the first images has the content of row ``other`` of the second."""
+
+    one: int
+    other: int
+
+
+def twins(first: Images, rows: Ints, second: Images, others: Ints, most_read: int = MOST_READ) -> list[Twin] | None:
+    """Find the images of ``first`` that are among those of ``second`` too.
+
+    Only files of equal size are read. A file that cannot be read has no twin: the loaders report it.
+
+    Args:
+        first: where to look for ``rows``.
+        rows: (n,) int64.
+        second: where to look for ``others``; may be the same table.
+        others: (m,) int64, none of ``rows`` where the tables are one.
+        most_read: files to read at most.
+
+    Returns:
+        One pair for each of ``rows`` that has a twin, in order; None if more files than ``most_read`` have a size in common.
+    """
+    sizes, other_sizes = first.sizes(rows), second.sizes(others)
+    mine = rows[np.isin(sizes, other_sizes) & (sizes >= 0)]
+    theirs = others[np.isin(other_sizes, sizes) & (other_sizes >= 0)]
+    if len(mine) + len(theirs) > most_read and not (isinstance(first, ArrayImages) and isinstance(second, ArrayImages)):
+        return None
+    seen: dict[bytes, int] = {}
+    for row in theirs.tolist():
+        content = digest(second, row)
+        if content is not None:
+            seen.setdefault(content, row)
+    found = ((row, digest(first, row)) for row in mine.tolist())
+    return [Twin(row, seen[content]) for row, content in found if content is not None and content in seen]
+
+
+def digest(images: Images, row: int) -> bytes | None:
+    """Return the digest of an image's content, None where it cannot be read."""
+    try:
+        return images.digest(row)
+    except OSError:
+        return None

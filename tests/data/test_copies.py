@@ -1,0 +1,163 @@
+"""Small copies: made once, the same pixels, checked, made again where the originals have changed."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastadvisor.config import Config, resolve, to_dict
+from fastadvisor.data import build_loaders, copies, load_source, prepare, stage
+from fastadvisor.data.copies import CopiedImages
+from fastadvisor.data.decode import Unreadable, decode_rgb, evaluation_pixels, read
+from fastadvisor.data.geometry import Geometry
+from fastadvisor.errors import UserError
+from tests.data.photos import encoded, photo, write_photos
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = write_photos(tmp_path / "photos", count=6, size=(90, 60))
+    (root / "train/ant/0.jpg").write_bytes(encoded(photo(30, 40), quality=90))  # small: copied as it is
+    return root
+
+
+def settings(root, tmp_path, **more):
+    usual = {"image_size": 32, "batch_size": 4, "meta_per_class": 2, "meta_batch_size": 2, "workers": 1, "loader": "torch"}
+    usual |= {"cache_size": 40, "cache_dir": str(tmp_path / "cache")}
+    return resolve(Config, dataset="imagefolder", data_root=str(root), **{**usual, **more})
+
+
+def staged(config):
+    return stage(load_source(config), config, CPU)
+
+
+def shards(tmp_path):
+    return sorted((tmp_path / "cache/copies-40").glob("*.tar"))
+
+
+def test_copies_have_the_shorter_side_asked_for_and_the_pixels_of_the_originals(root, tmp_path):
+    config = settings(root, tmp_path)
+    originals, source = load_source(config), staged(config)
+    geometry = Geometry(32, 40, "random")
+    for row in range(len(source.train)):
+        data = source.train.images.encoded(row)
+        if row == 0:
+            assert data == originals.train.images.encoded(0)
+            continue
+        copy, original = decode_rgb(data), decode_rgb(originals.train.images.encoded(row))
+        assert (min(copy.size), max(copy.size)) == (40, 60)
+        pixels, wanted = (evaluation_pixels(image, geometry).astype(int) for image in (copy, original))
+        assert np.abs(pixels - wanted).mean() < 6  # these photos are far more colourful than any, and JPEG halves colour
+    assert source.train.images.name(3) == originals.train.images.name(3)
+    with tarfile.open(shards(tmp_path)[0]) as tar:  # an ordinary tar file of ordinary images
+        assert all(Image.open(io.BytesIO(tar.extractfile(member).read())).size for member in tar)
+
+
+def test_copies_are_made_once(root, tmp_path, monkeypatch):
+    config = settings(root, tmp_path)
+    first = staged(config)
+    assert len(shards(tmp_path)) == 2
+    monkeypatch.setattr(copies, "_copy", lambda *args: pytest.fail("made again"))
+    again = staged(config)
+    for row in range(len(first.train)):
+        assert again.train.images.encoded(row) == first.train.images.encoded(row)
+
+
+def test_a_shard_whose_images_have_changed_is_made_again_and_no_other(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "SHARD", 5)
+    config = settings(root, tmp_path)
+    staged(config)
+    before = {path: path.stat().st_mtime_ns for path in shards(tmp_path)}
+    (root / "train/ant/2.jpg").write_bytes(encoded(photo(100, 70, seed=9), quality=90))
+    images = staged(config).train.images
+    after = shards(tmp_path)
+    assert len(after) == len(before) + 1
+    assert all(path.stat().st_mtime_ns == before[path] for path in after if path in before)
+    assert decode_rgb(images.encoded(2)).size == (57, 40)
+
+
+def test_an_interrupted_copy_goes_on_at_the_shard_it_was_at(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "SHARD", 3)
+    made = copies._write_shard
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return made(*args)
+
+    config = settings(root, tmp_path)
+    monkeypatch.setattr(copies, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        staged(config)
+    staged(config)
+    assert len(calls) == 1 + len(shards(tmp_path))
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_a_cut_off_shard_is_made_again(root, tmp_path):
+    config = settings(root, tmp_path)
+    wanted = staged(config).train.images.encoded(4)
+    for path in shards(tmp_path):
+        path.write_bytes(path.read_bytes()[:2000])
+    assert staged(config).train.images.encoded(4) == wanted
+
+
+def test_a_damaged_copy_is_found_by_its_checksum(root, tmp_path):
+    config = settings(root, tmp_path)
+    images = staged(config).train.images
+    assert isinstance(images, CopiedImages)
+    shard = images.shards[int(images.shard[4])]
+    content = bytearray(shard.read_bytes())
+    content[int(images.offset[4]) + 100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(Unreadable, match=r"its copy is damaged: delete .*tar"):
+        read(images, 4)
+    read(images, 5)
+
+
+def test_what_cannot_be_copied_is_counted_with_its_reason(root, tmp_path):
+    (root / "train/ant/1.jpg").write_bytes(b"")
+    (root / "train/bee/1.jpg").write_bytes((root / "train/bee/2.jpg").read_bytes()[:1500])
+    config = settings(root, tmp_path, max_bad_fraction=0.3, meta_per_class=1)
+    source = staged(config)
+    with pytest.raises(UserError, match=r"Cannot read .*1.jpg"):
+        build_loaders(resolve(Config, **{**to_dict(config), "max_bad_fraction": 0.0}), prepare(source, config, 0), CPU)
+    assert source.train.images.reasons == {1: "empty file", 7: "cut short"}
+    picked = source.train.images.select(np.array([7, 3, 1]))
+    assert picked.reasons == {0: "cut short", 2: "empty file"}
+    assert picked.encoded(1) == source.train.images.encoded(3)
+    assert (picked.sizes(np.arange(3)) > 0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["torch", "resident"])
+def test_a_run_reads_the_copies(root, tmp_path, name):
+    config = settings(root, tmp_path, loader=name)
+    loaders = build_loaders(config, prepare(staged(config), config, 0), CPU)
+    try:
+        assert loaders.train.next_batch().images.shape == (4, 3, 32, 32)
+        assert sum(len(batch.ids) for batch in loaders.test) == 12
+    finally:
+        loaders.close()
+
+
+def test_copies_that_would_be_too_small_or_have_nowhere_to_go_are_refused(root, tmp_path):
+    with pytest.raises(UserError, match="--cache-size 30 is under the 32 pixels"):
+        staged(settings(root, tmp_path, cache_size=30))
+    with pytest.raises(UserError, match="--cache-size is for data sets of image files"):
+        staged(resolve(Config, cache_size=40))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --cache-dir"):
+        staged(settings(root, tmp_path, cache_dir=str(tmp_path / "file")))
+
+
+def test_without_a_folder_of_their_own_copies_go_to_the_users_cache(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    staged(settings(root, tmp_path, cache_dir=None))
+    assert len(list((tmp_path / "home/fastadvisor/copies-40").glob("*.tar"))) == 2
