@@ -1,4 +1,4 @@
-"""The command line: ``fastadvisor train | compare | evaluate | recipes | env``.
+"""The command line: ``fastadvisor train | compare | evaluate | data check | recipes | env``.
 
 Flags are the fields of ``config.Config``. Whatever a user can put right ends as one sentence on stderr, exit status 2.
 Heavy modules (torch) are imported by the command that needs them: ``--help`` and a mistyped flag answer at once.
@@ -35,6 +35,7 @@ commands:
   train      train one classifier; without flags on the data set that comes along (under a minute on two CPU cores)
   compare    train with several methods and seeds, and print a table
   evaluate   test a finished run again
+  data check count, open and compare all images of a data set: classes, broken files, duplicates, overlap
   recipes    list the settings that come along, for --config
   env        print versions, the device, and which optional parts are active
 
@@ -84,6 +85,7 @@ def dispatch(args: list[str]) -> int:
         "train": run_train,
         "compare": run_compare,
         "evaluate": run_evaluate,
+        "data": run_data,
         "recipes": run_recipes,
         "env": run_env,
     }
@@ -132,6 +134,31 @@ def run_evaluate(args: list[str]) -> None:
 
     result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
     print(json.dumps(result, indent=2) if flags.json else table(result_rows(result)))
+
+
+def run_data(args: list[str]) -> None:
+    """``fastadvisor data check``."""
+    if args and args[0] in ("-h", "--help"):
+        args = ["check", "--help"]
+    if not args or args[0] != "check":
+        raise UserError(
+            "'fastadvisor data' has one command, check, as in 'fastadvisor data check --dataset cifar10 --data-root ROOT'."
+        )
+    settings = parse_config(config.CheckConfig, "data check", "Count, open and compare all images of a data set.", args[1:])
+    from fastadvisor.data import load_source
+    from fastadvisor.data.check import check_data
+
+    report = check_data(load_source(settings), settings)
+    print(f"{report.name}: {report.classes} classes")
+    print(table(report.rows()))
+    for line in report.remarks():
+        print(line)
+    if settings.output is not None:
+        report.write(Path(settings.output))
+        print(f"The report is in {settings.output}.")
+    if report.problems:
+        more = f" (and {len(report.problems) - 1} more, above)" if len(report.problems) > 1 else ""
+        raise UserError(f"{report.problems[0]}{more}")
 
 
 def run_recipes(args: list[str]) -> None:
