@@ -57,7 +57,7 @@ class DataConfig:
     test_list: str | None = None
     """list: test images; none: test.* or val.* in the root, or the CSV's own split."""
     meta_list: str | None = None
-    """list: images whose labels are trusted; none: meta.* in the root, the CSV's own split, or held out of training."""
+    """Images whose labels are trusted, as the meta-set of any data set of files; none: the data set's own, or held out."""
     download: bool = False
     """cifar10, cifar100: fetch the archive into --data-root if it is not there."""
     image_size: Count | None = None

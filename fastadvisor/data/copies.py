@@ -26,7 +26,7 @@ from fastadvisor.data.images import ArrayImages, Images, TarImages
 from fastadvisor.data.paths import Ints
 from fastadvisor.data.types import Split
 from fastadvisor.errors import UserError
-from fastadvisor.runtime.environment import cpu_cores
+from fastadvisor.runtime.environment import cache_folder, cpu_cores
 
 SHARD = 1000
 """Images in a shard."""
@@ -120,8 +120,7 @@ def copied(split: Split, part: str, config: LoaderConfig, geometry: Geometry) ->
 
 
 def _folder(config: LoaderConfig) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(home, "fastadvisor") if config.cache_dir is None else Path(os.path.expanduser(config.cache_dir))
+    folder = cache_folder() if config.cache_dir is None else Path(os.path.expanduser(config.cache_dir))
     return folder / f"copies-{config.cache_size}"
 
 

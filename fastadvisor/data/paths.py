@@ -1,7 +1,7 @@
 """Names of up to millions of files in one byte buffer: no object a name, and nothing to copy when a worker is forked."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,15 @@ class PathTable:
             joined += os.fsencode(path)
             stops.append(len(joined))
         stop = np.array(stops, dtype=np.int64)
-        return cls(np.frombuffer(bytes(joined), dtype=np.uint8), np.concatenate([[0], stop[:-1]]).astype(np.int64), stop)
+        return cls(np.frombuffer(bytes(joined), dtype=np.uint8), np.concatenate([[0], stop])[:-1].astype(np.int64), stop)
+
+    @classmethod
+    def concatenated(cls, tables: Sequence["PathTable"]) -> "PathTable":
+        """Return the paths of ``tables`` one after another."""
+        shifts = np.cumsum([0, *(len(table.buffer) for table in tables)]).tolist()
+        start = np.concatenate([table.start + shift for table, shift in zip(tables, shifts, strict=False)])
+        stop = np.concatenate([table.stop + shift for table, shift in zip(tables, shifts, strict=False)])
+        return cls(np.concatenate([table.buffer for table in tables]), start, stop)
 
     def __len__(self) -> int:
         return len(self.start)

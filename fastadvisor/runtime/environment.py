@@ -37,6 +37,12 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cache_folder() -> Path:
+    """Return fastadvisor's folder among the user's caches, which need not exist yet."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home, "fastadvisor")
+
+
 def optional_parts() -> list[tuple[str, bool, str]]:
     """Return ``(name, active, version or reason)`` for each part that fastadvisor works without."""
     return [

@@ -1,9 +1,21 @@
 """One file a data set: how it lies on people's disks. Reading one opens no image."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastadvisor.config import DataConfig
-from fastadvisor.data.readers import cifar, digits, imagefolder
+from fastadvisor.data.readers import (
+    animal10n,
+    cifar,
+    clothing1m,
+    digits,
+    food101n,
+    imagefolder,
+    list_files,
+    long_tail,
+    webdataset,
+    webvision,
+)
 from fastadvisor.data.types import Source
 from fastadvisor.errors import UserError, nearest
 
@@ -12,6 +24,14 @@ READERS: dict[str, Callable[[DataConfig], Source]] = {
     "cifar10": cifar.read,
     "cifar100": cifar.read,
     "imagefolder": imagefolder.read,
+    "list": list_files.read,
+    "webdataset": webdataset.read,
+    "imagenet-lt": long_tail.read,
+    "places-lt": long_tail.read,
+    "clothing1m": clothing1m.read,
+    "webvision": webvision.read,
+    "food101n": food101n.read,
+    "animal10n": animal10n.read,
 }
 """Name of a data set -> the function that reads it."""
 
@@ -38,7 +58,12 @@ def load_source(config: DataConfig) -> Source:
     if config.variant is not None and config.variant not in VARIANTS.get(name, ()):
         known = ", ".join(f"{one} ({' or '.join(names)})" for one, names in VARIANTS.items())
         raise UserError(f"--variant {config.variant} is no variant of {name}; data sets with variants: {known}.")
-    for flag, value in (("train", config.train_list), ("test", config.test_list), ("meta", config.meta_list)):
+    for flag, value in (("train", config.train_list), ("test", config.test_list)):
         if value is not None and name != "list":
             raise UserError(f"--{flag}-list is for --dataset list, and --dataset is {name}: drop one of the two.")
-    return READERS[name](config)
+    if config.meta_list is not None and name in OF_ONE_SIZE:
+        raise UserError(f"--meta-list is for data sets of files, and {name} is none: drop it, its meta-set is held out.")
+    source = READERS[name](config)
+    if config.meta_list is not None and name != "list":
+        source = replace(source, meta=list_files.read_meta(config, source.classes), meta_drawn=False)
+    return source
