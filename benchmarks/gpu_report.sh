@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call of at most eight minutes: tests, kernel benchmarks, whole steps.
+# Everything that wants a GPU, in one call of at most ten minutes: tests, kernel benchmarks, whole steps, loaders (with DALI if
+# it is installed).
 #
 #     bash benchmarks/gpu_report.sh [FOLDER]        default: $OUT, else benchmarks/results/gpu
 #
-# Leaves at most eight files in FOLDER (texts, JSON, Markdown). PYTHON names the interpreter; WHEELS a folder of wheels to
+# Leaves at most ten files in FOLDER (texts, JSON, Markdown). PYTHON names the interpreter; WHEELS a folder of wheels to
 # install without a network (tyro and pydantic are what a machine that has torch usually lacks). A part that fails does not
 # stop the others; the exit status says whether one did.
 set -uo pipefail
@@ -37,9 +38,10 @@ part() { # part SECONDS NAME COMMAND...: run it, keep what it prints, go on what
 workers=()
 "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n "$(nproc)")
 part 145 tests "$PYTHON" -m pytest "${workers[@]}" tests/test_gpu.py tests/kernels tests/metagrad/test_kernels.py --ignore tests/kernels/test_machine_code.py
-part 150 kernels-bfloat16 "$PYTHON" -m benchmarks.kernels --dtypes bfloat16 --seconds 105 --json "$FOLDER/kernels-bfloat16.json"
+part 130 kernels-bfloat16 "$PYTHON" -m benchmarks.kernels --dtypes bfloat16 --seconds 88 --json "$FOLDER/kernels-bfloat16.json"
 part 70 kernels-float32 "$PYTHON" -m benchmarks.kernels --dtypes float32 --only mes_cross_entropy,tangent_loss --seconds 30 --json "$FOLDER/kernels-float32.json"
 part 55 tune "$PYTHON" -m benchmarks.kernels --tune --seconds 15
 part 60 step "$PYTHON" -m benchmarks.step --no-memory --json "$FOLDER/step.json"
+part 110 loaders "$PYTHON" -m benchmarks.loaders --workers 8,16 --rounds 3 --images 2048 --train resnet50 --json "$FOLDER/loaders.json"
 echo "In $FOLDER: $(ls "$FOLDER" | tr '\n' ' ')"
 exit $failed

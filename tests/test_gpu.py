@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import load_source, prepare
+from fastadvisor.data import build_loaders, load_source, prepare
+from fastadvisor.data.loaders import dali
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.trainer import Trainer, train_config
 from fastadvisor_kernels import Bernoulli, backend, mes_cross_entropy, reweight_features, tangent_loss
+from tests.data.photos import write_photos
 from tests.kernels.exercise import exercise
 from tests.metagrad.problem import Problem, plain, problem, relative
 
@@ -58,6 +60,40 @@ def test_a_step_never_waits_for_the_device(changes):
             run.step(*run._batches(run.phases[0]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_auto_augment_and_cutout_never_wait_for_the_device():
+    config = resolve(Config, auto_augment="cifar10", cutout=4, **QUIET)
+    stream = Trainer(config, prepare(load_source(config), config, 0), torch.device("cuda")).train_loader
+    for _ in range(20):
+        stream.next_batch()  # the constants get to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            stream.next_batch()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
+@pytest.mark.parametrize("crop", ["pad", "random", "resized"])
+def test_dali_on_the_gpu_makes_the_batches_of_the_torch_loader(tmp_path, crop):
+    root, batches = write_photos(tmp_path, splits=("train", "test", "meta"), size=(400, 300)), {}
+    (root / "train/ant/3.jpg").write_bytes((root / "train/ant/3.jpg").read_bytes()[:4000])
+    for name in ("torch", "dali"):
+        usual = {"loader": name, "crop": crop, "image_size": 96, "batch_size": 4, "meta_batch_size": 4, "workers": 2}
+        config = resolve(Config, dataset="imagefolder", data_root=str(root), max_bad_fraction=0.1, **usual)
+        loaders = build_loaders(config, prepare(load_source(config), config, 0), torch.device("cuda"))
+        try:
+            batches[name] = [loaders.train.next_batch() for _ in range(9)] + list(loaders.test)
+            assert loaders.bad_count() == 1
+        finally:
+            loaders.close()
+    for one, two in zip(batches["torch"], batches["dali"], strict=True):
+        assert two.images.is_cuda
+        assert torch.equal(one.ids, two.ids)
+        assert torch.equal(one.labels, two.labels)
+        assert float((one.images - two.images).abs().mean()) < 1 / (255 * 0.22)
 
 
 def test_a_run_and_its_memory(tmp_path):

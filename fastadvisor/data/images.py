@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastadvisor.data.paths import Ints, PathTable
 
+UNKNOWN = -2
 STAT_THREADS = 16
 """Threads that ask for file sizes: on a network file system each answer is a round trip."""
 
@@ -90,6 +91,8 @@ class FileImages:
     def __init__(self, root: Path, paths: PathTable) -> None:
         """Take the folder and the paths relative to it."""
         self.root, self.paths = Path(root), paths
+        self._sizes: Ints | None = None
+        """What the file system has told so far, UNKNOWN elsewhere: several stages ask, and a million files take seconds."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -105,10 +108,19 @@ class FileImages:
 
     def select(self, rows: NDArray[np.integer]) -> "FileImages":
         """Return the files of ``rows``; nothing is read."""
-        return FileImages(self.root, self.paths.select(rows))
+        selected = FileImages(self.root, self.paths.select(rows))
+        selected._sizes = None if self._sizes is None else self._sizes[rows]
+        return selected
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
-        """Ask the file system."""
+        """Ask the file system, once for each file."""
+        if self._sizes is None:
+            self._sizes = np.full(len(self), UNKNOWN, dtype=np.int64)
+        unknown = rows[self._sizes[rows] == UNKNOWN]
+        self._sizes[unknown] = self._ask_sizes(unknown)
+        return self._sizes[rows]
+
+    def _ask_sizes(self, rows: NDArray[np.integer]) -> Ints:
 
         def size(row: int) -> int:
             try:

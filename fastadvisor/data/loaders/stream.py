@@ -231,6 +231,8 @@ def check_state(state: Mapping[str, Any], key: str, count: int) -> None:
     """Raise a UserError unless ``state`` is of this kind of loader and of a training set of ``count`` images."""
     if key not in state:
         raise UserError("The saved run used another loader: resume it with the --loader it was started with.")
+    if "host" not in state:
+        raise UserError("The saved run is of an earlier version of fastadvisor, which cannot be continued: start it anew.")
     saved = state["count"] if "count" in state else len(state["order"])
     if saved != count:
         raise UserError(
