@@ -86,7 +86,7 @@ class LoaderConfig:
 
     loader: Literal["auto", "resident", "torch", "dali", "synthetic"] = "auto"
     """resident: all images as uint8 in device memory; torch: worker processes; dali: NVIDIA DALI, which decodes on the GPU;
-    synthetic: one random batch again and again, the ceiling; auto: resident where they fit, dali on a GPU, else torch."""
+    synthetic: one random batch again and again, the ceiling; auto: resident where they fit, else dali, or torch without it."""
     workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """torch: processes, dali: threads, of the training and of the meta loader each; none: the cores, at most 16."""
     batch_size: Count = 128

@@ -37,11 +37,11 @@ def opened():
     """Build loaders and close them in the end."""
     built = []
 
-    def open_loaders(root, loader, **settings):
+    def open_loaders(root, loader, rank=0, ranks=1, **settings):
         usual = {"image_size": 24, "batch_size": 4, "meta_batch_size": 3, "eval_batch_size": 5, "workers": 1, "loader": loader}
         config = resolve(Config, dataset="imagefolder", data_root=str(root), **{**usual, **settings})
         data = prepare(into_memory(load_source(config), config, CPU), config, config.seed)
-        built.append(build_loaders(config, data, CPU))
+        built.append(build_loaders(config, data, CPU, rank, ranks))
         return built[-1]
 
     yield open_loaders
@@ -99,6 +99,25 @@ def test_an_epoch_sees_every_id_once(photos, opened, name):
     epochs = [torch.cat([batch.ids for batch in take(loaders.meta, 5)]).tolist() for _ in range(2)]
     assert sorted(epochs[0]) == sorted(set(epochs[0]))  # 15 of 16: the last partial batch is dropped
     assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("name", STREAMING)
+def test_ranks_share_an_epoch_and_see_together_what_one_would(photos, opened, name):
+    settings = {"crop": "resized", "meta_batch_size": 4}
+    whole = opened(photos, name, **settings)
+    parts = [opened(photos, name, rank, 2, **{**settings, "batch_size": 2, "meta_batch_size": 2}) for rank in range(2)]
+    for part in ("train", "meta"):
+        assert len(getattr(parts[0], part)) == len(getattr(whole, part)) == 4
+        for _ in range(2):  # epochs
+            seen = [take(getattr(loaders, part), 4) for loaders in (whole, *parts)]
+            for one, first, second in zip(*seen, strict=True):
+                assert torch.equal(one.ids, torch.cat([first.ids, second.ids]))
+                assert torch.equal(one.images, torch.cat([first.images, second.images]))
+            ids = [torch.cat([batch.ids for batch in batches]).tolist() for batches in seen[1:]]
+            assert not set(ids[0]) & set(ids[1])
+            assert len(set(ids[0] + ids[1])) == 16
+    with pytest.raises(UserError, match="--loader resident does not share an epoch among ranks"):
+        opened(photos, "resident", ranks=2)
 
 
 @pytest.mark.parametrize("name", STREAMING)
@@ -362,11 +381,11 @@ def chosen(root, device="cpu", **settings):
 
 def test_auto_takes_what_fits_into_memory_and_streams_the_rest(photos, monkeypatch):
     assert chosen(photos) == "resident"
-    assert chosen(photos, crop="resized") == "torch"
     monkeypatch.setattr("fastadvisor.data.loaders.choice.available_memory", lambda: 1000)
-    assert chosen(photos) == "torch"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
-    assert chosen(photos, "cuda") == ("dali" if dali.available() else "torch")
+    for installed, name in ((True, "dali"), (False, "torch")):
+        monkeypatch.setattr(dali, "available", lambda installed=installed: installed)
+        assert chosen(photos, crop="resized") == chosen(photos) == chosen(photos, "cuda") == name
     assert chosen(photos, loader="synthetic") == "synthetic"
 
 

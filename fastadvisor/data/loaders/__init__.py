@@ -102,8 +102,15 @@ class Loaders:
             loader.close()
 
 
-def build_loaders(config: Config, data: TrainingData, device: torch.device) -> Loaders:
+def build_loaders(config: Config, data: TrainingData, device: torch.device, rank: int = 0, ranks: int = 1) -> Loaders:
     """Build the loaders of a training run; for a resident one ``data`` has been through :func:`into_memory`.
+
+    Args:
+        config: of the run; batch sizes are those of one rank.
+        data: what to draw from.
+        device: of the batches.
+        rank: of this process: the part of each batch of all ranks that it sees.
+        ranks: processes that share an epoch of the training and of the meta images; each sees all test images.
 
     Raises:
         UserError: batches larger than what there is to draw from, images that do not fit in memory, too many that
@@ -113,6 +120,8 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device) -> L
     size = geometry.size
     name, why = choose(config, data, size, device)
     counts = _BadOf(data, config)
+    if name == "resident" and ranks > 1:
+        raise UserError("--loader resident does not share an epoch among ranks: use --loader torch or dali.")
     if name == "resident":
         data = counts.without_bad_images(data)
     else:
@@ -122,7 +131,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device) -> L
         ("--batch-size", config.batch_size, "training", data.train_ids),
         ("--meta-batch-size", meta_batch, "meta", data.meta_ids),
     ):
-        if batch > len(ids):
+        if batch * ranks > len(ids):
             raise UserError(f"{flag} {batch} is larger than the {len(ids)} {part} images there are: lower it.")
     # Streams of their own, so that the meta-set cycles by itself.
     parts = ((data.train_ids, config.batch_size, 2 * config.seed), (data.meta_ids, meta_batch, 2 * config.seed + 1))
@@ -141,7 +150,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device) -> L
         train, meta = (
             StreamLoader(
                 _backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed),
-                Order(_array(ids), batch, seed),
+                Order(_array(ids), batch, seed, rank, ranks),
                 labels,
                 bad=bad,
                 augment=pad if name != "synthetic" else None,

@@ -39,17 +39,16 @@ def choose(config: LoaderConfig, data: Source | TrainingData, size: int, device:
         raise UserError("--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda130 (or the one for your CUDA).")
     if config.loader != "auto":
         return config.loader, "as asked for"
-    name, how = (
-        ("dali", "it decodes on the GPU") if device.type == "cuda" and dali.available() else ("torch", "worker processes")
-    )
+    where = "on the GPU" if device.type == "cuda" else "in threads, quicker than worker processes"
+    name, how = ("dali", f"it decodes {where}") if dali.available() else ("torch", "NVIDIA DALI is not installed")
     if config.crop != "pad":
-        return name, f"--crop {config.crop} and {how}"
+        return name, f"--crop {config.crop} works on the files; {how}"
     needed, free = memory_needed(data, size), _free_memory(device)
     if all(isinstance(part, ArrayImages) for part in _parts(data)):
         return "resident", "all images are in memory"
     if needed <= RESIDENT_BYTES and (free is None or needed <= RESIDENT_SHARE * free):
         return "resident", f"{needed / 1e9:.1f} GB of images fit in memory"
-    return name, f"{needed / 1e9:.1f} GB of images are too much to keep, and {how}"
+    return name, f"{needed / 1e9:.1f} GB of images are too much to keep; {how}"
 
 
 def stage(source: Source, config: Config, device: torch.device) -> Source:
