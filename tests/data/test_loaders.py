@@ -78,6 +78,21 @@ def test_torch_and_dali_deliver_the_same_training_images(photos, opened, crop):
             assert alike(a.images, b.images)
 
 
+@needs_dali
+@pytest.mark.parametrize("crop", ["pad", "random", "resized"])
+def test_what_dali_does_on_a_gpu_gives_the_same_images_on_the_cpu(photos, opened, crop, monkeypatch):
+    """There DALI resizes, mirrors and normalises as well."""
+    wanted = opened(photos, "dali", crop=crop)
+    batches = {part: take(getattr(wanted, part), 5) for part in ("train", "meta")} | {"test": list(wanted.test)}
+    monkeypatch.setattr(dali.Work, "only_decoded", False)
+    got = opened(photos, "dali", crop=crop)
+    for part, expected in batches.items():
+        for a, b in zip(expected, list(got.test) if part == "test" else take(getattr(got, part), 5), strict=True):
+            assert torch.equal(a.ids, b.ids)
+            assert b.images.dtype == torch.float32
+            assert alike(a.images, b.images)
+
+
 @pytest.mark.parametrize("name", STREAMING)
 def test_the_labels_are_those_of_the_table_and_noise_rewrites_no_list(photos, opened, name):
     loaders = opened(photos, name, noise="flip", noise_rate=1.0, crop="random")

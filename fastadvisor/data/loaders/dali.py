@@ -1,8 +1,11 @@
-"""NVIDIA DALI: decode, crop, resize, mirror and normalise in its threads, or with nvJPEG where the training runs on a GPU.
+"""NVIDIA DALI: decode, crop, resize, mirror and normalise on the GPU; on the CPU decode and crop, in its threads.
 
 Python reads the files, in threads of its own, and hands DALI the encoded bytes with the window to cut out. So the order,
 the crops and the sample ids are those of every other loader, a run resumes by a batch's number, and a bad file is found
 before DALI, which would give up the whole batch, sees it.
+
+On the CPU DALI's resizing takes ten times as long as torchvision's, twice its decoding (benchmarks.decoding), so there
+torchvision does it, in Python's threads.
 """
 
 import threading
@@ -11,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from queue import Empty, Full, Queue
 from typing import Any, NamedTuple
@@ -25,6 +29,7 @@ from fastadvisor.data.decode import decode_rgb, read
 from fastadvisor.data.geometry import MIRROR, Geometry
 from fastadvisor.data.images import Images, ppm
 from fastadvisor.data.jpeg import plain_jpeg_size
+from fastadvisor.data.loaders.resize import as_in_testing, resized
 from fastadvisor.data.loaders.stream import Decoded, with_spares
 from fastadvisor.data.order import Spec
 from fastadvisor.data.paths import Ints
@@ -69,9 +74,19 @@ class Work:
         return self.training and self.geometry.crop != "pad"
 
     @property
+    def augmented(self) -> bool:
+        """Whether DALI does AutoAugment."""
+        return self.cropped and self.auto_augment != "none"
+
+    @property
+    def only_decoded(self) -> bool:
+        """Whether what DALI makes is to be resized (and mirrored) here."""
+        return self.device.type == "cpu" and not self.augmented
+
+    @property
     def normalized(self) -> bool:
-        """Whether what DALI makes is float32, normalised."""
-        return self.cropped or not self.training
+        """Whether DALI resizes and normalises, to float32."""
+        return not self.only_decoded and (self.cropped or not self.training)
 
 
 class Sample(NamedTuple):
@@ -117,41 +132,78 @@ class DaliBackend:
         self._pool = ThreadPoolExecutor(max(2, self.work.threads), thread_name_prefix="fastadvisor-read")
         self._reader = _Reader(self._prepare, specs)
         self._pipeline = self._build()
-        while True:
-            try:
-                images = self._run()
-            except StopIteration:
-                error = self._reader.error
-                self.close()
-                if error is not None:
-                    raise error from None
-                if self._empty:
-                    yield self._of_nothing()
-                return
-            done = self._flight.popleft()
-            if self.work.auto_augment != "none":
-                self._checkpoint = self._pipeline.checkpoint()
-            yield Decoded(images, torch.from_numpy(done.ids), done.bad)
+        ready: deque[tuple[Callable[[], Tensor], Prepared]] = deque()
+        more = True
+        while more or ready:
+            # One batch is being resized while the one before it is trained on.
+            while more and len(ready) <= int(self.work.only_decoded):
+                try:
+                    ready.append(self._run())
+                except StopIteration:
+                    more = False
+            if ready:
+                images, done = ready.popleft()
+                yield Decoded(images(), torch.from_numpy(done.ids), done.bad)
             if self._empty:
                 yield self._of_nothing()
+        error = self._reader.error
+        self.close()
+        if error is not None:
+            raise error
 
     def _of_nothing(self) -> Decoded:
         """Return the bad images of test batches of which nothing could be read."""
         size, bad, self._empty = self.work.geometry.size, self._empty, {}
         return Decoded(torch.empty(0, 3, size, size), torch.empty(0, dtype=torch.int64), bad)
 
-    def _run(self) -> Tensor:
-        """Return the images of the next batch; StopIteration after the last."""
+    def _run(self) -> tuple[Callable[[], Tensor], Prepared]:
+        """Return the next batch, its images as a function that waits for them; StopIteration after the last."""
         while True:
             try:
                 if self.work.device.type == "cuda":
                     outputs = self._pipeline.run(torch.cuda.current_stream(self.work.device))
                 else:
                     outputs = self._pipeline.run()
+                done = self._flight.popleft()
+                if self.work.augmented:
+                    self._checkpoint = self._pipeline.checkpoint()
+                if self.work.only_decoded:
+                    return self._resize(outputs[0], done), done
                 # DALI's dynamic executor gives the buffer away with the tensor: no copy, and it is never written again.
-                return from_dlpack(outputs[0].as_tensor())
+                return partial(from_dlpack, outputs[0].as_tensor()), done
             except RuntimeError as error:
                 self._recover(error)
+
+    def _resize(self, decoded: Any, batch: Prepared) -> Callable[[], Tensor]:
+        """Begin to resize what DALI has decoded; return a function that waits for (B, S, S, 3) uint8."""
+        assert self._pool is not None
+        geometry, count = self.work.geometry, len(batch.samples)
+        out = np.empty((count, geometry.size, geometry.size, 3), dtype=np.uint8)
+        mirror = self._mirror(batch)
+
+        def resize(places: Ints) -> None:
+            for place in places.tolist():
+                image = torch.from_numpy(np.asarray(decoded[place])).permute(2, 0, 1)
+                image = resized(image, geometry.size) if self.work.cropped else as_in_testing(image, geometry)
+                # By numpy: torch would use threads of its own for a copy of this size.
+                pixels = image.permute(1, 2, 0).numpy()
+                out[place] = pixels[:, ::-1] if mirror[place] else pixels
+
+        parts = np.array_split(np.arange(count), max(2, self.work.threads))
+        begun = [self._pool.submit(resize, part) for part in parts]
+
+        def wait() -> Tensor:
+            for part in begun:
+                part.result()
+            return torch.from_numpy(out)
+
+        return wait
+
+    def _mirror(self, batch: Prepared) -> NDArray[np.int32]:
+        """Return 1 for the images of a batch that are to be mirrored."""
+        if not (self.work.cropped and self.work.mirror) or batch.spec.draws is None:
+            return np.zeros(len(batch.samples), dtype=np.int32)
+        return (batch.spec.draws[: len(batch.samples), MIRROR] < 0.5).astype(np.int32)
 
     def _recover(self, error: RuntimeError) -> None:
         """DALI has given up: have Pillow decode all that was under way, and begin again with the first of it."""
@@ -203,10 +255,7 @@ class DaliBackend:
         encoded = [sample.encoded for sample in prepared.samples]
         if not self.work.cropped:
             return encoded, np.ascontiguousarray(start), np.ascontiguousarray(end)
-        mirror = np.zeros(len(encoded), dtype=np.int32)
-        if self.work.mirror and prepared.spec.draws is not None:
-            mirror = (prepared.spec.draws[: len(encoded), MIRROR] < 0.5).astype(np.int32)
-        return encoded, start.astype(np.int32), (end - start).astype(np.int32), mirror
+        return encoded, start.astype(np.int32), (end - start).astype(np.int32), self._mirror(prepared)
 
     def _build(self) -> Any:
         # Recorded, not filtered: DALI sets the filter itself while it warns that its AutoAugment uses its old names.
@@ -250,13 +299,14 @@ def build_pipeline(work: Work, source: Callable[[], tuple[Any, ...]], checkpoint
         "mean": [255 * value for value in work.mean],
         "std": [255 * value for value in work.std],
     }
-    augmented = work.cropped and work.auto_augment != "none"
 
     def training() -> Any:
         encoded, anchor, shape, mirror = fn.external_source(source=source, num_outputs=4, batch=True)
         images = fn.decoders.image_slice(encoded, anchor, shape, axis_names="HW", **decoder)
+        if work.only_decoded:
+            return images
         images = fn.resize(images, **resize)
-        if augmented:
+        if work.augmented:
             images = fn.flip(images, horizontal=mirror)
             images = policies.auto_augment(
                 images, POLICIES[work.auto_augment], shape=(size, size), max_translate_rel=TRANSLATION, fill_value=0
@@ -267,6 +317,8 @@ def build_pipeline(work: Work, source: Callable[[], tuple[Any, ...]], checkpoint
     def testing() -> Any:
         encoded, start, end = fn.external_source(source=source, num_outputs=3, batch=True)
         images = fn.decoders.image(encoded, **decoder)
+        if work.only_decoded:
+            return images
         images = fn.resize(images, roi_start=start, roi_end=end, roi_relative=False, **resize)
         return fn.crop_mirror_normalize(images, **normalize) if work.normalized else images
 
@@ -278,9 +330,9 @@ def build_pipeline(work: Work, source: Callable[[], tuple[Any, ...]], checkpoint
         prefetch_queue_depth=PREFETCH,
         exec_dynamic=True,
         seed=work.seed,
-        enable_conditionals=augmented,
-        enable_checkpointing=augmented,
-        checkpoint=checkpoint if augmented else None,
+        enable_conditionals=work.augmented,
+        enable_checkpointing=work.augmented,
+        checkpoint=checkpoint if work.augmented else None,
     )()
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from fastadvisor.data.decode import decode_rgb, read
 from fastadvisor.data.geometry import MIRROR, Draws, Geometry
 from fastadvisor.data.images import Images
 from fastadvisor.data.jpeg import plain_jpeg_size
+from fastadvisor.data.loaders.resize import as_in_testing, resized
 from fastadvisor.data.loaders.stream import Decoded, with_spares
 from fastadvisor.data.order import Spec
 from fastadvisor.errors import UserError
@@ -54,13 +54,11 @@ class Batches(Dataset[Decoded]):
 
     def _sample(self, data: bytes, draws: Draws | None) -> Tensor:
         """Return (3, S, S) uint8."""
-        image, size = decode(data), self.geometry.size
-        height, width = image.shape[-2:]
+        image = decode(data)
         if draws is None or self.geometry.crop == "pad":
-            across, down = self.geometry.resized(width, height)
-            return F.center_crop(F.resize(image, [down, across], antialias=True), [size, size])
-        left, top, right, bottom = self.geometry.train_box(width, height, draws)
-        image = F.resize(image[:, top:bottom, left:right], [size, size], antialias=True)
+            return as_in_testing(image, self.geometry)
+        left, top, right, bottom = self.geometry.train_box(image.shape[-1], image.shape[-2], draws)
+        image = resized(image[:, top:bottom, left:right], self.geometry.size)
         if self.mirror and draws[MIRROR] < 0.5:
             image = image.flip(-1)
         if self.policy is not None:
