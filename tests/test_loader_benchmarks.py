@@ -7,15 +7,14 @@ import pytest
 from benchmarks import decoding, loaders, soak
 from fastadvisor.data.loaders import dali
 from fastadvisor.data.loaders import torch as torch_loader
-from fastadvisor.runtime import allocator
 
 SMALL = ["--sides", "64", "--workers", "1", "--images", "30", "--batch-size", "4", "--batches", "2", "--rounds", "1"]
 
 
 @pytest.fixture(autouse=True)
 def leave_the_allocator_alone(monkeypatch):
-    monkeypatch.setattr(loaders, "keep_freed_memory", lambda: None)
-    assert allocator
+    for module in (loaders, soak):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
 
 
 def test_a_measurement_has_every_loader_and_says_where_it_is_from(tmp_path, capsys):

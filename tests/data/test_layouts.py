@@ -473,6 +473,78 @@ def test_a_csv_with_both_val_and_test(tmp_path):
         assert "holds no train" in refused(settings)
 
 
+def test_a_csv_with_splits_gives_each_list_its_own_rows(tmp_path):
+    """Named as the test list too, it must not hand out its training images."""
+    layout, settings = made(tmp_path, list_csv, dataset="list")
+    named = {part: str(layout.root / "train.csv") for part in ("train_list", "test_list", "meta_list")}
+    source = load_source(resolve(Config, **settings, **named))
+    for part in PARTS:
+        split, wanted = getattr(source, part), layout.expected[part]
+        assert [split.images.encoded(row) for row in range(len(split))] == [content for content, _ in wanted]
+        assert split.labels.tolist() == [label for _, label in wanted]
+    layout.text("only.csv", ["path,label,split", '"0, of all.jpg",ant,train'])
+    assert "only.csv holds no test: mark its images with it" in refused({**settings, "test_list": "only.csv"})
+
+
+@pytest.mark.parametrize("label", ["-1", "1.0", "+1", "12345678901"])
+def test_a_number_that_is_no_class_number_does_not_become_a_name(tmp_path, label):
+    layout, settings = made(tmp_path, lambda layout: layout.image("a.jpg"), dataset="list")
+    layout.text("train.csv", ["path,label,split", "a.jpg,0,train", "a.jpg,0,test", f"a.jpg,{label},train"])
+    assert f"has the label {label!r}, and class numbers are 0, 1, 2, ...: correct it" in refused(settings)
+
+
+def test_reading_opens_no_image_and_looks_for_a_few(tmp_path, monkeypatch):
+    layout, settings = made(tmp_path, clothing1m, dataset="clothing1m")
+    for image in layout.root.rglob("*.jpg"):
+        image.write_bytes(b"")
+    looked_for = []
+    real = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: looked_for.append(path) or real(path))
+    assert load_source(resolve(Config, **settings)).train.labels.tolist() == [0, 1] * 3
+    assert len(looked_for) <= 3 * 2 * 5  # three lists, the root and images/, five files
+
+
+def test_a_class_without_training_images_leaves_the_others_their_names(tmp_path):
+    layout, settings = made(tmp_path, imagenet_lt, dataset="imagenet-lt")
+    file = layout.root / "ImageNet_LT_train.txt"
+    file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.endswith(" 1\n")))
+    assert load_source(resolve(Config, **settings)).classes == ["n01440764", "1", "n01484850"]
+
+
+@pytest.mark.parametrize("file", ["verified_train.tsv", "imagelist.tsv"])
+def test_a_list_of_food101n_that_leaves_nothing_is_named(tmp_path, file):
+    layout, settings = made(tmp_path, food101n, dataset="food101n")
+    layout.text(f"meta/{file}", ["class_name/key"])
+    assert f"{file} leaves no images to use" in refused(settings)
+
+
+def test_food101n_without_its_images(tmp_path):
+    layout, settings = made(tmp_path, food101n, dataset="food101n")
+    (layout.root / "images").rename(tmp_path / "elsewhere")
+    assert "is neither in" in refused(settings)
+
+
+def test_animals_without_images_or_folders(tmp_path):
+    layout, settings = made(tmp_path, animals, dataset="animal10n")
+    (layout.root / "raw_image").rename(layout.root / "raw_image_ver")
+    assert len(load_source(resolve(Config, **settings)).test) == 10
+    testing = layout.root / "raw_image_ver/testing"
+    for image in testing.iterdir():
+        image.unlink()
+    assert "testing holds no images" in refused(settings)
+    testing.rmdir()
+    assert "must hold training/ and testing/" in refused(settings)
+
+
+def test_mini_without_any_of_its_classes(tmp_path):
+    layout, settings = made(tmp_path, webvision, dataset="webvision")
+    layout.text("info/train_filelist_google.txt", [f"google/q0000/0.jpg {label}" for label in range(50, 55)] * 20)
+    (layout.root / "info/synsets.txt").unlink()
+    assert "--variant mini takes the classes 0 to 49, and the lists have none of them" in refused(
+        {**settings, "variant": "mini"}
+    )
+
+
 def test_any_data_set_of_files_takes_a_clean_list_as_its_meta_set(tmp_path):
     layout, settings = made(tmp_path, webvision, dataset="webvision")
     lines = []
@@ -532,7 +604,18 @@ def _tar(path, members):
         (lambda root: _tar(root / "train/002.tar", {"a.jpg": b"x"}), "the sample a lacks an image, or a label"),
         (lambda root: _tar(root / "train/002.tar", {"a.cls": b"1"}), "the sample a lacks an image, or a label"),
         (lambda root: _tar(root / "train/002.tar", {"a.jpg": b"x", "a.cls": b"one"}), "a.cls does not hold a class number"),
-        (lambda root: _tar(root / "train/002.tar", {"a.jpg": b"x", "a.json": b"{"}), "a.json does not hold a class number"),
+        *(
+            (lambda root, m=members: _tar(root / "train/002.tar", {"a.jpg": b"x", **m}), "does not hold a class number")
+            for members in (
+                {"a.json": b"{"},
+                {"a.json": b'{"label": Infinity}'},
+                {"a.json": b'{"label": 3.7}'},
+                {"a.json": b'{"label": null}'},
+                {"a.json": b"[" * 100_000},
+                {"a.cls": b"-1"},
+                {"a.cls": b"1" + b"0" * 30},
+            )
+        ),
         (lambda root: _tar(root / "train/002.tar", {"readme.txt": b"x"}), "002.tar holds no images"),
     ],
 )
@@ -540,6 +623,37 @@ def test_shards_that_cannot_be_used_are_named(tmp_path, break_it, sentence):
     layout, settings = made(tmp_path, webdataset, dataset="webdataset")
     break_it(layout.root)
     assert sentence in refused(settings)
+
+
+def test_shards_by_the_names_of_the_hub_with_what_macos_and_masks_add(tmp_path):
+    for part in ("train", "validation"):
+        shard = tmp_path / f"imagenet1k-{part}-00.tar"
+        _tar(
+            shard,
+            {"./._a.jpg": b"left by macOS", "a.mask.png": b"mask", "a.jpg": b"image", "a.seg.png": b"mask", "a.cls": b"0"},
+        )
+        (tmp_path / f"._{shard.name}").write_bytes(b"left by macOS")
+    source = load_source(resolve(Config, dataset="webdataset", data_root=str(tmp_path)))
+    assert [source.train.images.encoded(row) for row in range(len(source.train))] == [b"image"]
+    assert source.test.labels.tolist() == [0]
+
+
+def test_names_with_further_dots_are_samples_too(tmp_path):
+    for part in ("train", "test"):
+        _tar(
+            tmp_path / f"{part}-0.tar",
+            {"001.0.jpg": b"one", "001.0.cls": b"0", "002.5.jpg": b"two", "002.5.json": b'{"label": 1}'},
+        )
+    source = load_source(resolve(Config, dataset="webdataset", data_root=str(tmp_path)))
+    assert [source.train.images.encoded(row) for row in range(2)] == [b"one", b"two"]
+    assert source.train.labels.tolist() == [0, 1]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    layout, settings = made(tmp_path, webdataset, dataset="webdataset")
+    (tmp_path / "no folder").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no folder"))
+    assert load_source(resolve(Config, **settings)).train.labels.tolist() == [label for _, label in layout.expected["train"]]
 
 
 def test_shards_written_by_the_webdataset_package_are_read(tmp_path):

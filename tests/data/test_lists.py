@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastadvisor.data.paths import PathTable
-from fastadvisor.data.readers.lists import read_csv, read_keys, read_list, read_names
+from fastadvisor.data.readers.lists import number_of_classes, read_csv, read_keys, read_list, read_names
 from fastadvisor.errors import UserError
 
 PATHS = ["train/a/1.jpg", "train/b/two words.jpg", "train/é/ß 3.JPEG", "x.jpg"]
@@ -128,12 +128,21 @@ def test_a_csv_is_read_however_it_is_written(tmp_path, end, start):
         ("path,label\na.jpg, \n", "row 2: it lacks a path or a label"),
         ("path,label,split\na.jpg,1,dev\n", "row 2: the split 'dev' is not one of train, meta, val and test"),
         ("path,label\na.jpg\0,1\n" + "x" * 200_000, "cannot be read as CSV"),
+        ("path,label\na.jpg\0,1\n", "is not a text file"),
     ],
 )
 def test_a_csv_that_is_none_names_the_row(tmp_path, content, sentence):
     with pytest.raises(UserError, match=r"list\.txt") as error:
         read_csv(write(tmp_path, content))
     assert sentence in str(error.value)
+
+
+def test_a_label_too_high_for_the_images_is_no_class_number():
+    parts = [np.array([0, 1]), np.array([3])]
+    assert number_of_classes(parts[:1]) == 2
+    assert number_of_classes(parts, ["a", "b"]) == 2
+    with pytest.raises(UserError, match="highest class number is 3, and there are 3 images: number the classes from 0 on"):
+        number_of_classes(parts)
 
 
 def test_names_are_lines(tmp_path):

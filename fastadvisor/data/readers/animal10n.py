@@ -27,7 +27,8 @@ def read(config: DataConfig) -> Source:
         UserError: a folder is missing, empty or cannot be read, or a file's name has no label.
     """
     root = root_of(config, "training/ and testing/")
-    folder = next((path.parent for path in [*root.glob("training"), *sorted(root.glob("*/training"))]), None)
+    depths = ("training", "*/training", "*/*/training")
+    folder = next((path.parent for depth in depths for path in sorted(root.glob(depth))), None)
     if folder is None or not (folder / "testing").is_dir():
         raise UserError(f"{root} must hold training/ and testing/, as in Animal-10N's archive: check --data-root.")
     train, test = (_split(folder / part) for part in ("training", "testing"))

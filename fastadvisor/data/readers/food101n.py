@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from fastadvisor.config import DataConfig
-from fastadvisor.data.images import FileImages
 from fastadvisor.data.paths import PathTable
 from fastadvisor.data.readers.imagefolder import MEAN, STD
-from fastadvisor.data.readers.lists import read_names, root_of
+from fastadvisor.data.readers.lists import images_below, read_names, root_of
 from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -42,17 +41,17 @@ def read(config: DataConfig) -> Source:
             stacklevel=3,
         )
         held_out |= set(verified["val"])
-        test = _split(root / "images", verified["val"], classes)
+        test = _split(root, "meta/verified_val.tsv", verified["val"], classes)
     else:
-        test = _split(clean / "images", [f"{key}.jpg" for key in read_names(clean / "meta/test.txt")], classes)
+        test = _split(clean, "meta/test.txt", [f"{key}.jpg" for key in read_names(clean / "meta/test.txt")], classes)
     return Source(
         "food101n",
         classes,
-        _split(root / "images", [key for key in keys if key not in held_out], classes),
+        _split(root, "meta/imagelist.tsv", [key for key in keys if key not in held_out], classes),
         test,
         mean=MEAN,
         std=STD,
-        meta=_split(root / "images", verified["train"], classes),
+        meta=_split(root, "meta/verified_train.tsv", verified["train"], classes),
         image_size=SIDE,
     )
 
@@ -70,13 +69,16 @@ def _right(path: Path) -> list[str]:
     for number, line in enumerate(read_names(path)[1:], start=2):
         key, tab, verdict = line.partition("\t")
         if not tab or verdict.strip() not in ("0", "1"):
-            raise UserError(f"{path}, row {number}: {line[:100]!r} is not a key, a tab and 0 or 1.")
+            raise UserError(f"{path}, row {number}: {line[:100]!r} is not a key, a tab and 0 or 1: correct it.")
         if verdict.strip() == "1":
             keys.append(key)
     return keys
 
 
-def _split(folder: Path, keys: list[str], classes: list[str]) -> Split:
+def _split(root: Path, file: str, keys: list[str], classes: list[str]) -> Split:
+    """Return the images of ``keys``, what is left of the list ``file`` in ``root``."""
+    if not keys:
+        raise UserError(f"{root / file} leaves no images to use: fetch the data set again.")
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers.get(key.partition("/")[0], -1) for key in keys], dtype=np.int64)
     unknown = np.flatnonzero(labels < 0)
@@ -84,4 +86,4 @@ def _split(folder: Path, keys: list[str], classes: list[str]) -> Split:
         raise UserError(
             f"The image {keys[int(unknown[0])]} is of a class that is not in meta/classes.txt: correct one of them."
         )
-    return Split(FileImages(folder, PathTable.of(keys)), torch.from_numpy(labels))
+    return Split(images_below(root, PathTable.of(keys), ["images"]), torch.from_numpy(labels))

@@ -1,6 +1,7 @@
 """Any images in list files: lines of ``path label``, or a CSV with ``path,label[,split]`` (formats.md)."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 }
 """Where in the root each list is looked for."""
 
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 HOW = "lines of 'path label', or a CSV with path,label[,split]"
 
 
@@ -47,11 +49,11 @@ def read(config: DataConfig) -> Source:
     files = {part: _find(root, part, getattr(config, f"{part}_list")) for part in ("train", "meta", "test")}
     if files["train"] is None:
         raise UserError(f"There is no train.txt or train.csv in {root}: name the list with --train-list, {HOW}.")
-    parts = _of_one_file(files["train"], without=[part for part in ("meta", "test") if files[part] is not None])
+    parts = _parts(files["train"], "train")
     for part in ("meta", "test"):
         file = files[part]
         if file is not None:
-            parts[part] = _read_part(file)
+            parts[part] = _parts(file, part)[part]
     if "test" not in parts:
         raise UserError(
             f"There are no test images: add a column split to {files['train']}, put a test.txt or val.txt beside it, or name "
@@ -71,7 +73,7 @@ def read_meta(config: DataConfig, classes: list[str]) -> Split:
     root = Path(os.path.expanduser(config.data_root or "."))
     file = _find(root, "meta", config.meta_list)
     assert file is not None
-    return _split(root, _read_part(file), classes)
+    return _split(root, _parts(file, "meta")["meta"], classes)
 
 
 def _find(root: Path, part: str, named: str | None) -> Path | None:
@@ -84,37 +86,33 @@ def _find(root: Path, part: str, named: str | None) -> Path | None:
     return next((root / name for name in DEFAULTS[part] if (root / name).is_file()), None)
 
 
-def _read_part(file: Path) -> _Part:
+def _parts(file: Path, wanted: str) -> dict[str, _Part]:
+    """Return the parts that a column split in ``file`` tells apart, ``wanted`` among them; without one, all as ``wanted``."""
     if file.suffix.lower() != ".csv":
-        return _Part(file, *read_list(file), None)
-    table = read_csv(file)
-    return _numbered(_Part(file, table.paths, table.labels, table.names))
-
-
-def _of_one_file(file: Path, without: list[str]) -> dict[str, _Part]:
-    """Return the training images of ``file``, and where it has a column split, the other parts but ``without``."""
-    if file.suffix.lower() != ".csv":
-        return {"train": _read_part(file)}
+        return {wanted: _Part(file, *read_list(file), None)}
     table = read_csv(file)
     if not table.parts:
-        return {"train": _numbered(_Part(file, table.paths, table.labels, table.names))}
+        return {wanted: _numbered(_Part(file, table.paths, table.labels, table.names))}
     parts = {}
     for number, split in enumerate(table.parts):
         rows = np.flatnonzero(table.splits == number)
         name = "test" if split == "val" and "test" not in table.parts else split
         if name == "val":
             warnings.warn(f"{file} has both val and test: its val images are not used.", UserWarning, stacklevel=4)
-        elif name not in without:
+        else:
             parts[name] = _numbered(_Part(file, table.paths.select(rows), table.labels[rows], table.names))
-    if "train" not in parts:
-        raise UserError(f"The column split of {file} holds no train: mark the training images with it.")
+    if wanted not in parts:
+        raise UserError(f"The column split of {file} holds no {wanted}: mark its images with it, or drop the column.")
     return parts
 
 
 def _numbered(part: _Part) -> _Part:
     """Return ``part`` with class numbers where its labels are written as such."""
     assert part.names is not None
-    if not all(name.isdecimal() and len(name) < 10 for name in part.names):
+    others = [name for name in part.names if not (name.isdecimal() and len(name) < 10)]
+    if others:
+        if all(NUMBER.fullmatch(name) for name in part.names):  # as names, -1 and 1.0 would train without a word
+            raise UserError(f"{part.file} has the label {others[0]!r}, and class numbers are 0, 1, 2, ...: correct it.")
         return part
     return part._replace(labels=np.array([int(name) for name in part.names], dtype=np.int64)[part.labels], names=None)
 

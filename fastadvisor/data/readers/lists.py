@@ -212,6 +212,8 @@ def read_csv(path: Path) -> Table:
         raise UserError(f"{path} cannot be read as CSV ({getattr(error, 'strerror', None) or error}).") from None
     if not len(table):
         raise UserError(f"{path} is empty: it should hold an image a row.")
+    if (table.buffer == 0).any():
+        raise UserError(f"{path} is not a text file: it should hold a path and a label a row.")
     split = np.frombuffer(splits, dtype=np.int8) if parts else np.zeros(len(table), dtype=np.int8)
     return Table(table, np.frombuffer(labels, dtype=np.int64), list(names), split, list(parts))
 
@@ -230,5 +232,16 @@ def read_names(path: Path) -> list[str]:
 
 
 def number_of_classes(parts: Iterable[Ints], names: Sequence[str] = ()) -> int:
-    """Return how many classes there are, by name or, without names, by the highest label."""
-    return len(names) or 1 + max(int(labels.max(initial=0)) for labels in parts)
+    """Return how many classes there are, by name or, without names, by the highest label.
+
+    Raises:
+        UserError: the highest label cannot be a class number, as there are not that many images.
+    """
+    if names:
+        return len(names)
+    highest, images = 0, 0
+    for labels in parts:
+        highest, images = max(highest, int(labels.max(initial=0))), images + len(labels)
+    if highest >= max(images, 1):  # names for a billion classes would fill the memory
+        raise UserError(f"The highest class number is {highest}, and there are {images} images: number the classes from 0 on.")
+    return highest + 1

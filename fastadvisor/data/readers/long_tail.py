@@ -1,5 +1,7 @@
 """ImageNet-LT and Places-LT: the published lists, wherever they lie in the root; meta-images drawn from the val list."""
 
+from itertools import takewhile
+
 import numpy as np
 import torch
 
@@ -41,8 +43,8 @@ def _class_names(train: Listed, count: int) -> list[str]:
     labels, rows = np.unique(train.labels, return_index=True)
     for label, row in zip(labels.tolist(), rows.tolist(), strict=True):
         folders[label] = train.paths[row].split("/")[:-1]
-    while folders[0] and all(parts[:1] == folders[0][:1] for parts in folders):
-        folders = [parts[1:] for parts in folders]
+    levels = zip(*(parts for parts in folders if parts), strict=False)
+    common = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
     # Places sorts its classes into folders by their first letter.
-    names = ["/".join(part for part in parts if len(part) > 1) for parts in folders]
+    names = ["/".join(part for part in parts[common:] if len(part) > 1) for parts in folders]
     return [name if name and names.count(name) == 1 else str(number) for number, name in enumerate(names)]

@@ -23,11 +23,17 @@ from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
 from fastadvisor.runtime.environment import cache_folder
 
-PARTS = {"train": ("train",), "test": ("test", "val"), "meta": ("meta",)}
+PARTS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation"),
+    "meta": ("meta",),
+}
 """Words in the names of a part's shards, or the name of their folder."""
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-VERSION = "1"
+VERSION = "2"
+"""Of what an index holds and how it is found; part of the cache's key."""
+MOST = 2**31
 THREADS = 8
 """Shards whose headers are read at a time: on a network file system each header is a round trip."""
 
@@ -69,10 +75,10 @@ def read(config: DataConfig) -> Source:
 def _shards(root: Path, words: tuple[str, ...]) -> list[Path]:
     """Return the shards of the first of ``words`` that has any."""
     for word in words:
-        beside = [path for path in root.iterdir() if word in re.split(r"[^a-z]+", path.name.lower())]
+        beside = [path for path in _visible(root) if word in re.split(r"[^a-z]+", path.name.lower())]
         files = [path for path in beside if path.is_file()]
         for folder in beside:
-            files += [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+            files += [path for path in _visible(folder) if path.is_file()] if folder.is_dir() else []
         for path in files:
             if path.name.endswith(COMPRESSED):
                 raise UserError(f"{path} is compressed, so its images cannot be read where they lie: decompress the shards.")
@@ -80,6 +86,14 @@ def _shards(root: Path, words: tuple[str, ...]) -> list[Path]:
         if found:
             return found
     return []
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return what is in ``folder`` and not hidden, as the files that macOS leaves are."""
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check --data-root.") from None
 
 
 def _split(shards: list[Path], part: str) -> Split:
@@ -133,23 +147,25 @@ def _scan(shard: Path) -> Index:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
                 key, extension = _key_and_extension(member.name)
-                if f".{extension}" in EXTENSIONS:
-                    images[key] = (member.offset_data, member.size)
-                elif extension in ("cls", "json"):
+                if not member.isfile() or key is None:
+                    continue
+                kind = extension.rpartition(".")[2]
+                if f".{kind}" in EXTENSIONS:
+                    if kind == extension or key not in images:  # the image is .jpg, and .mask.png beside it is not
+                        images[key] = (member.offset_data, member.size)
+                elif kind in ("cls", "json"):
                     content = tar.extractfile(member)
                     assert content is not None
-                    label = _label(content.read(), extension, shard, member.name)
-                    if label is not None and (extension == "cls" or key not in labels):
+                    label = _label(content.read(), kind, shard, member.name)
+                    if label is not None and (kind == "cls" or key not in labels):
                         labels[key] = label
             end = tar.offset
         with open(shard, "rb") as file:  # tarfile takes a file that is cut short, or damaged further on, for its end
             file.seek(end)
             whole = file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"The shard {shard} is damaged or no tar file ({error}): fetch it again.") from None
+        raise UserError(f"The shard {shard} is damaged or no tar file ({error}): fetch it again, uncompressed.") from None
     if not whole:
         raise UserError(f"The shard {shard} is cut short or damaged: fetch it again.")
     alone = next(_lonely(images, labels), None)
@@ -168,21 +184,27 @@ def _scan(shard: Path) -> Index:
     )
 
 
-def _key_and_extension(name: str) -> tuple[str, str]:
-    """Split at the first dot of the last part, as WebDataset does; of a double extension the last counts."""
+def _key_and_extension(name: str) -> tuple[str | None, str]:
+    """Split at the first dot of the last part; a hidden file belongs to no sample, as in WebDataset."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
-    return folder + slash + stem, extension.lower().rpartition(".")[2]
+    return folder + slash + stem if stem else None, extension.lower()
 
 
 def _label(content: bytes, extension: str, shard: Path, member: str) -> int | None:
     """Return the class number in a member; None where a .json holds other things than a label."""
     try:
-        if extension == "cls":
-            return int(content)
-        told = json.loads(content)
-        return int(told["label"]) if isinstance(told, dict) and "label" in told else None
-    except (ValueError, TypeError):
+        value = content
+        if extension == "json":
+            told = json.loads(content)
+            if not isinstance(told, dict) or "label" not in told:
+                return None
+            value = told["label"]
+        number = int(value)
+        if not 0 <= number < MOST or number != float(value):
+            raise ValueError
+        return number
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise UserError(f"{shard}: {member} does not hold a class number: write the shard again.") from None
 
 
