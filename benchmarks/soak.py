@@ -20,6 +20,7 @@ from benchmarks.loaders import Setting
 from benchmarks.photos import write_benchmark_set
 from benchmarks.tables import about, command
 from fastadvisor.data.loaders import dali
+from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import cpu_cores
 from fastadvisor.runtime.precision import pick_device
 
@@ -104,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", type=Path)
     plan = parser.parse_args(arguments)
+    if pick_device("auto").type == "cpu":
+        keep_freed_memory()  # as a training run does
     with tempfile.TemporaryDirectory() as scratch:
         root = many_names(Path(scratch), plan.images, plan.side)
         result = soak(plan.loader, root, plan.images, plan.workers, plan.batch_size)

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from benchmarks import decoding, loaders, soak
-from fastadvisor.data.loaders import dali
-from fastadvisor.data.loaders import torch as torch_loader
+from fastadvisor.data.loaders import dali, dataloader
 
 SMALL = ["--sides", "64", "--workers", "1", "--images", "30", "--batch-size", "4", "--batches", "2", "--rounds", "1"]
 
@@ -32,8 +31,8 @@ def test_a_measurement_has_every_loader_and_says_where_it_is_from(tmp_path, caps
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 def test_a_loader_with_other_pixels_is_not_timed(monkeypatch, capsys):
-    sample = torch_loader.Batches._sample
-    monkeypatch.setattr(torch_loader.Batches, "_sample", lambda self, *args: sample(self, *args).flip(-1))
+    sample = dataloader.Batches._sample
+    monkeypatch.setattr(dataloader.Batches, "_sample", lambda self, *args: sample(self, *args).flip(-1))
     with pytest.raises(SystemExit, match="check is red"):
         loaders.main(SMALL)
     out = capsys.readouterr().out

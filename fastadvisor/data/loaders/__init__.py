@@ -252,7 +252,7 @@ def _backend(
             images,
             dali.Work(geometry, batch_size, device, workers, data.mean, data.std, training, mirror, policy, seed % 2**31),
         )
-    from fastadvisor.data.loaders.torch import Batches, TorchBackend  # torchvision's transforms take a second to import
+    from fastadvisor.data.loaders.dataloader import Batches, TorchBackend  # torchvision's transforms take a second to import
 
     batches = Batches(images, geometry, config.horizontal_flip, config.auto_augment)
     return TorchBackend(batches, workers, pin_memory=device.type == "cuda")
