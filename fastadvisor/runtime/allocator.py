@@ -7,6 +7,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameter numbers of glibc's ``mallopt`` (malloc.h)."""
 
 NEVER = 2**31 - 1
+MMAP_MAX, TRIM_THRESHOLD = 65_536, 128 * 1024
+"""glibc's defaults."""
 
 
 def keep_freed_memory() -> bool:
@@ -22,6 +24,14 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def return_freed_memory() -> None:
+    """Undo :func:`keep_freed_memory` from here on, as in a child that was forked with it."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
 def release_freed_memory() -> None:

@@ -9,10 +9,12 @@ import pytest
 CODE = """
 import resource, sys
 import torch
-from fastadvisor.runtime.allocator import keep_freed_memory
+from fastadvisor.runtime.allocator import keep_freed_memory, return_freed_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] != "default":
     assert keep_freed_memory()
+if sys.argv[1] == "return":
+    return_freed_memory()
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -29,10 +31,11 @@ print(faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_memory_is_kept_between_steps():
     counts = {}
-    for mode in ("keep", "default"):
+    for mode in ("keep", "default", "return"):
         run = subprocess.run([sys.executable, "-c", CODE, mode], capture_output=True, text=True, check=True)
         counts[mode] = int(run.stdout)
     assert counts["keep"] * 20 < counts["default"]
+    assert counts["keep"] * 20 < counts["return"]
 
 
 PEAKS = """

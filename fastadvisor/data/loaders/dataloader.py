@@ -17,6 +17,7 @@ from fastadvisor.data.loaders.resize import as_in_testing, resized
 from fastadvisor.data.loaders.stream import Decoded, with_spares
 from fastadvisor.data.order import Spec
 from fastadvisor.errors import UserError
+from fastadvisor.runtime.allocator import return_freed_memory
 
 try:
     from torchvision.io import ImageReadMode, decode_image
@@ -100,6 +101,7 @@ class TorchBackend:
             pin_memory=self.pin_memory,
             prefetch_factor=PREFETCH if self.workers else None,
             collate_fn=_as_it_is,
+            worker_init_fn=_modest,
             generator=torch.Generator(),  # seeds the workers, else from the global one: the run's other numbers would move
         )
         try:
@@ -125,3 +127,8 @@ class TorchBackend:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _modest(worker: int) -> None:
+    """A worker holds one batch; it has no use for the heap that a training step wants kept."""
+    return_freed_memory()
