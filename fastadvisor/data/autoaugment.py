@@ -153,9 +153,11 @@ def _move(images: Tensor, operations: Sequence[Operation]) -> Tensor:
     """Shear, translate or rotate each image in its own way, as ``torchvision...functional.affine`` does one after another."""
     height, width = images.shape[-2:]
     inverse = torch.tensor([_inverse_matrix(operation, height, width) for operation in operations])
-    inverse = to_device(inverse.transpose(1, 2) / torch.tensor([width / 2, height / 2]), images.device)
-    grid = _centred_grid(height, width, images.device).expand(len(images), -1, -1).bmm(inverse)
-    grid = grid.view(len(images), height, width, 2)
+    inverse = to_device(inverse / torch.tensor([[width / 2], [height / 2]]), images.device)
+    x, y = _centred(width, images.device), _centred(height, images.device)[:, None]
+    # Not as a matrix product, which TF32 would make too coarse for a coordinate.
+    a, b, c = inverse[..., None, None].unbind(dim=2)
+    grid = (a * x + b * y + c).permute(0, 2, 3, 1)
     return grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).to(torch.uint8)
 
 
@@ -176,13 +178,10 @@ def _inverse_matrix(operation: Operation, height: int, width: int) -> list[list[
             return [[cos(angle), -sin(angle), 0.0], [sin(angle), cos(angle), 0.0]]
 
 
-@lru_cache(maxsize=16)
-def _centred_grid(height: int, width: int, device: torch.device) -> Tensor:
-    """Return (1, H · W, 3) x, y and 1 of every pixel, from the centre; kept on the device."""
-    x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=device)
-    y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=device)
-    rows, columns = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([columns, rows, torch.ones_like(rows)], dim=-1).view(1, -1, 3)
+@lru_cache(maxsize=32)
+def _centred(side: int, device: torch.device) -> Tensor:
+    """Return (side,) the position of each pixel from the centre; kept on the device."""
+    return torch.linspace((1 - side) / 2, (side - 1) / 2, side, device=device)
 
 
 def _recolour(images: Tensor, operation: Operation) -> Tensor:
