@@ -11,12 +11,14 @@ import fastadvisor
 from fastadvisor import trainer as trainer_module
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
+from fastadvisor.data.loaders import dali
 from fastadvisor.errors import UserError
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.trainer import Trainer, step_ms, train_config
 
+needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
-TIMES = ("images_per_second", "step_ms_median", "seconds")
+TIMES = ("images_per_second", "waiting_share", "step_ms_median", "seconds")
 
 
 def settings(output, **changes):
@@ -86,8 +88,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
         {"approx_meta": True, "approx_layers": "learned", "approx_budget": 2, "meta_interval": 1, "validate_meta_every": 3},
         {"approx_meta": True, "approx_layers": "random", "approx_budget": 2, "virtual_gradient": "own"},
         {"lean": True, "advisor_inputs": "attached"},
+        {"auto_augment": "cifar10", "cutout": 2},
+        {"loader": "torch", "workers": 1, "cutout": 2},
+        pytest.param({"loader": "dali", "workers": 1}, marks=needs_dali),
+        pytest.param({"loader": "dali", "workers": 1, "crop": "random", "auto_augment": "cifar10"}, marks=needs_dali),
     ],
-    ids=["mfrw-mes", "finetune", "optimizer", "l2rw", "approx", "learned", "random", "lean-attached"],
+    ids=str,
 )
 def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     whole = train_config(settings(tmp_path / "whole", epochs=4, **changes))

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastadvisor.config import DataConfig
 from fastadvisor.data.corruption import Ints, corrupt, long_tail, long_tail_profile, meta_split, noise_targets
 from fastadvisor.data.images import ArrayImages, Images, joined
 from fastadvisor.data.labels_file import read_labels
-from fastadvisor.data.twins import twins
+from fastadvisor.data.twins import repeated, twins
 from fastadvisor.data.types import Source, Split, TrainingData
 from fastadvisor.errors import UserError
 
@@ -114,26 +113,21 @@ def _array(labels: Tensor) -> Ints:
 def _drawn_meta(source: Source, config: DataConfig, rng: np.random.Generator) -> _Table:
     """Take ``meta_per_class`` images a class out of the training images, none of which has a twin left behind."""
     images, labels, state = source.train.images, _array(source.train.labels), rng.bit_generator.state
-    every, eligible = np.arange(len(labels)), _without_twins(images)
+    every, eligible = np.arange(len(labels)), np.ones(len(labels), dtype=np.bool_)
+    copies = repeated(images) if isinstance(images, ArrayImages) else None  # of files not before there is reason to
     while True:
+        if copies is not None:
+            eligible &= ~copies
         rng.bit_generator.state = state  # drawn again from the start, less what turned out to have a twin
         meta_ids = meta_split(labels, config.meta_per_class, source.classes, eligible, rng)
         pool_ids = np.setdiff1d(every, meta_ids)
-        pairs = [] if isinstance(images, ArrayImages) else twins(images, meta_ids, images, pool_ids)
+        pairs = [] if copies is not None else twins(images, meta_ids, images, pool_ids)
         if not pairs:
             if pairs is None:
                 _warn_unchecked(source.name)
             return _Table(images, labels, pool_ids, meta_ids)
+        copies = repeated(images)
         eligible[[pair.one for pair in pairs]] = False
-
-
-def _without_twins(images: Images) -> NDArray[np.bool_]:
-    """Return which images of a set in memory are there once only; of files, all, until they are looked at."""
-    if not isinstance(images, ArrayImages):
-        return np.ones(len(images), dtype=np.bool_)
-    digests = np.array([images.digest(row) for row in range(len(images))], dtype="V16")  # "S16" would strip zero bytes
-    _, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
-    return np.asarray(sizes[group.reshape(-1)] == 1)
 
 
 def _own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Generator) -> _Table:

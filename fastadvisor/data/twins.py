@@ -1,8 +1,10 @@
 """Images that are there twice: the same bytes under two numbers (of images in memory, the same pixels)."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastadvisor.data.images import ArrayImages, Images
 from fastadvisor.data.paths import Ints
@@ -45,6 +47,20 @@ def twins(first: Images, rows: Ints, second: Images, others: Ints, most_read: in
             seen.setdefault(content, row)
     found = ((row, digest(first, row)) for row in mine.tolist())
     return [Twin(row, seen[content]) for row, content in found if content is not None and content in seen]
+
+
+def repeated(images: Images, most_read: int = MOST_READ) -> NDArray[np.bool_] | None:
+    """Return which images of a table are there more than once, (N,); None where that means reading too many files."""
+    sizes = images.sizes(np.arange(len(images)))
+    _, group, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero((counts[group.reshape(-1)] > 1) & (sizes >= 0))
+    if len(rows) > most_read and not isinstance(images, ArrayImages):
+        return None
+    contents = [digest(images, row) for row in rows.tolist()]
+    times = Counter(content for content in contents if content is not None)
+    found = np.zeros(len(images), dtype=np.bool_)
+    found[rows] = [content is not None and times[content] > 1 for content in contents]
+    return found
 
 
 def digest(images: Images, row: int) -> bytes | None:

@@ -1,6 +1,9 @@
 """Readers against tiny data sets in the true formats, written by the tests."""
 
+import itertools
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +12,15 @@ from PIL import Image
 from torchvision import datasets
 
 from fastadvisor.config import Config, DataConfig
-from fastadvisor.data import FileImages, decode, into_memory, load_source, prepare
+from fastadvisor.data import FileImages, decode, into_memory, load_source, prepare, protocol
 from fastadvisor.data.bad import BadImages
 from fastadvisor.data.geometry import Geometry
 from fastadvisor.data.loaders import choice
 from fastadvisor.data.paths import PathTable
 from fastadvisor.data.readers import cifar
+from fastadvisor.data.twins import twins
 from fastadvisor.errors import UserError
+from tests.data.photos import write_photos
 
 # The published fine-to-coarse map of CIFAR-100, by fine label.
 COARSE = [
@@ -292,3 +297,16 @@ def test_an_unknown_data_set_is_named():
     config.dataset = "digit"
     with pytest.raises(UserError, match=r"No data set 'digit'\. Did you mean 'digits'"):
         load_source(config)
+
+
+def test_a_meta_set_is_drawn_from_a_set_full_of_copies_in_a_few_rounds(tmp_path, monkeypatch):
+    root = write_photos(tmp_path, count=30, size=(12, 9))
+    for name, number in itertools.product(("ant", "bee"), range(24)):
+        shutil.copy(root / f"train/{name}/{number}.jpg", root / f"train/{name}/again{number}.jpg")
+    rounds = []
+    monkeypatch.setattr(protocol, "twins", lambda *args: rounds.append(args) or twins(*args))
+    config = DataConfig(dataset="imagefolder", data_root=str(root), meta_per_class=6)
+    data = prepare(load_source(config), config, 0)
+    assert len(rounds) <= 5  # one of them is the comparison with the test images
+    names = {Path(data.images.name(row)).stem for row in data.meta_ids.tolist()}
+    assert names == {str(number) for number in range(24, 30)}
