@@ -1,12 +1,14 @@
 """``pytest benchmarks``: images a second of each loader, after its batches have been compared with the torch loader's."""
 
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.loaders import CEILING, LOOP, NAMES, WARM_UP, Setting, fault, pillow_batches
+from benchmarks.kernels.timing import synchronize
+from benchmarks.loaders import CEILING, LOOP, NAMES, WARM_UP, Setting, fault, pillow_batches, trained
 from benchmarks.photos import write_benchmark_set
 from fastadvisor.data.loaders import dali
 from fastadvisor.runtime.environment import cpu_cores
@@ -44,8 +46,39 @@ def test_loader(name: str, workers: int, side: int, photographs: Any, benchmark:
     if name == LOOP:
         made = pillow_batches(setting)
         benchmark.pedantic(lambda: [next(made) for _ in range(BATCHES)], rounds=3)
+        _tell(benchmark, BATCHES * BATCH)
         return
     with setting.opened(name, workers) as loaders:
         for _ in range(WARM_UP):
             loaders.train.next_batch()
         benchmark.pedantic(lambda: [loaders.train.next_batch() for _ in range(BATCHES)], rounds=5)
+    _tell(benchmark, BATCHES * BATCH)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != LOOP])
+def test_training(name: str, photographs: Any, benchmark: Any) -> None:
+    """Time training steps on 500-pixel JPEGs by one loader; the share of time spent waiting is in the report's extra_info."""
+    if name == "dali" and not dali.available():
+        pytest.skip("NVIDIA DALI is not installed")
+    setting: Setting = photographs(500)
+    reason = fault(name, setting)
+    if reason is not None:
+        pytest.fail(f"{name}: {reason}")
+    model, batch = ("resnet50", 64) if setting.device.type == "cuda" else ("resnet18", 16)
+    benchmark.group = f"a step of {model}, batch {batch}, 500-pixel JPEGs, {setting.device.type}"
+    with trained(name, setting, cpu_cores(), model, batch) as trainer:
+        began, waited = time.perf_counter(), trainer.train_loader.waited
+
+        def step() -> None:
+            trainer.step(trainer.train_loader.next_batch(), None)
+            synchronize(setting.device)
+
+        benchmark.pedantic(step, rounds=8)
+        seconds = time.perf_counter() - began
+        benchmark.extra_info["waiting_share"] = round((trainer.train_loader.waited - waited) / seconds, 4)
+    _tell(benchmark, batch)
+
+
+def _tell(benchmark: Any, images: int) -> None:
+    if benchmark.stats is not None:  # None with --benchmark-disable
+        benchmark.extra_info["images_per_second"] = round(images / benchmark.stats.stats.median)
