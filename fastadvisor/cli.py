@@ -146,8 +146,10 @@ def run_data(args: list[str]) -> None:
         )
     settings = parse_config(config.CheckConfig, "data check", "Count, open and compare all images of a data set.", args[1:])
     from fastadvisor.data import load_source
-    from fastadvisor.data.check import check_data
+    from fastadvisor.data.check import check_data, make_folder
 
+    if settings.output is not None:
+        make_folder(Path(settings.output))  # before every image is read
     report = check_data(load_source(settings), settings)
     print(f"{report.name}: {report.classes} classes")
     print(table(report.rows()))

@@ -60,6 +60,7 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult:
     check_meta(config, METHODS[config.method], amp=config.amp)
     device = pick_device(config.device)
     check_kernels(device)
+    checkpoint.check_weights(config.weights)
     if config.keep_memory and device.type == "cpu":
         allocator.keep_freed_memory()
     begun = RunFolder.open_for_resume(config.output, config) if config.resume else None

@@ -239,6 +239,7 @@ def test_labels_and_noise_at_once(refused, photos):
         (["--noise", "flip", "--noise-rate", "0.3", "--flip-map", "1", "2"], ["flip_map has 2 entries"]),
         (["--noise", "flip", "--noise-rate", "0.3", "--flip-map"], ["flip_map has 0 entries"]),
         (["--noise", "uniform", "--flip-map", "1", "2", "0"], ["--flip-map is for --noise flip"]),
+        (["--weights", "nowhere.pt"], ["There is no file of weights nowhere.pt: check --weights."]),
         (["--epochs", "0"], ["epochs = 0"]),
         (["--epochs", "9" * 30], ["epochs = 999"]),
         (["--seed", "9" * 30], ["seed = 999"]),

@@ -71,6 +71,17 @@ def test_model_pt_is_the_plain_classifier(tmp_path):
     )
 
 
+@pytest.mark.parametrize("file", ["model.pt", "last.pt"])
+def test_a_run_starts_from_the_weights_of_another(tmp_path, file):
+    first = train_config(settings(tmp_path / "run", epochs=1))
+    started = trainer(weights=str(first.folder / file), seed=7)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(started.model.model.state_dict()[name], tensor), name
+    assert started.epoch == 0
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        trainer(weights=str(first.folder / file), model="resnet14")
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
     runs = [train_config(settings(tmp_path / name, epochs=1, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert metrics(runs[0].folder) == metrics(runs[1].folder)

@@ -127,8 +127,8 @@ class Report:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(("group", "part", "id", "label", "image"))
         writer.writerows(self.repeated)
+        make_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             for name, text in (
                 ("check.json", json.dumps(told, indent=2)),
                 ("bad_images.csv", bad.table(self.bad)),
@@ -136,7 +136,19 @@ class Report:
             ):
                 (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
         except OSError as error:
-            raise UserError(f"Cannot write the report to {folder} ({error.strerror}): choose another --output.") from None
+            raise _cannot_write(folder, error) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report; a UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write the report to {folder} ({error.strerror}): choose another --output.")
 
 
 class _Seen(NamedTuple):

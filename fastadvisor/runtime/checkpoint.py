@@ -111,6 +111,12 @@ def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Pa
     module.load_state_dict(dict(state), strict=True)
 
 
+def check_weights(name: str | None) -> None:
+    """Raise a UserError if there is to be a file of weights and there is none."""
+    if name is not None and not Path(name).expanduser().is_file():
+        raise UserError(f"There is no file of weights {name}: check --weights.")
+
+
 def load_weights(module: torch.nn.Module, name: str) -> None:
     """Load the classifier in the file ``name``: a run's ``model.pt``, ``best.pt`` or ``last.pt``, or any state dict.
 

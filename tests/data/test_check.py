@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastadvisor import cli
 from fastadvisor.config import CheckConfig, resolve
-from fastadvisor.data import load_source
+from fastadvisor.data import check, load_source
 from fastadvisor.data.check import check_data
 from tests.data.photos import encoded, photo, write_photos
 
@@ -139,8 +139,12 @@ def test_the_command_prints_a_table_and_writes_the_report(root, tmp_path, capsys
     assert cli.main([*command, "--max-bad-fraction", "0.1"]) == 0
 
 
-def test_the_command_works_on_images_in_memory(capsys):
+def test_the_command_works_on_images_in_memory(tmp_path, capsys, monkeypatch):
     assert cli.main(["data", "check"]) == 0
     assert "training  1,300" in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(check, "check_data", lambda *args: pytest.fail("read before the folder was made"))
+    assert cli.main(["data", "check", "--output", str(tmp_path / "file")]) == 2
+    assert "choose another --output" in capsys.readouterr().err
     assert cli.main(["data", "chek"]) == 2
     assert "has one command, check" in capsys.readouterr().err

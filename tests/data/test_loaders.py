@@ -412,6 +412,11 @@ def test_choices_that_cannot_be(photos, monkeypatch):
         chosen(photos, loader="dali")
 
 
+def test_a_hole_larger_than_the_images(photos, opened):
+    with pytest.raises(UserError, match="--cutout 25 is larger than the images, which are 24 pixels"):
+        opened(photos, "torch", cutout=25)
+
+
 def test_states_of_other_loaders_and_sets_are_refused(photos, opened):
     torch_state = opened(photos, "torch").train.state_dict()
     with pytest.raises(UserError, match="another loader"):

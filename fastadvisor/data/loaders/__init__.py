@@ -119,6 +119,8 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
     geometry = geometry_of(config, data)
     size = geometry.size
     name, why = choose(config, data, size, device)
+    if config.cutout > size:
+        raise UserError(f"--cutout {config.cutout} is larger than the images, which are {size} pixels: use less.")
     counts = _BadOf(data, config)
     if name == "resident" and ranks > 1:
         raise UserError("--loader resident does not share an epoch among ranks: use --loader torch or dali.")
