@@ -152,7 +152,7 @@ def run_data(args: list[str]) -> None:
         make_folder(Path(settings.output))  # before every image is read
     report = check_data(load_source(settings), settings)
     print(f"{report.name}: {report.classes} classes")
-    print(table(report.rows()))
+    print(table(report.rows()), table(report.class_rows()), sep="\n\n", end="\n\n")
     for line in report.remarks():
         print(line)
     if settings.output is not None:

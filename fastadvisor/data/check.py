@@ -32,6 +32,9 @@ from fastadvisor.runtime.environment import cpu_cores
 CHUNK = 256
 """Images a thread looks at before it reports."""
 
+MOST_CLASSES = 20
+"""That are listed one by one; --output lists all."""
+
 SHOWN = 3
 """Bad images of a part that the report names; --output lists all."""
 
@@ -93,6 +96,20 @@ class Report:
             factor = "-" if part.imbalance_factor is None else f"{part.imbalance_factor:.4g}"
             numbers = (f"{number:,}" for number in (part.missing, part.broken, part.duplicates))
             rows.append((name, f"{part.images:,}", f"{min(counts):,} .. {max(counts):,}", factor, *numbers, sides))
+        return rows
+
+    def class_rows(self) -> list[tuple[str, ...]]:
+        """Return a table of images a class; of many classes the largest and the smallest by training images."""
+        counts = [part.per_class for part in self.parts.values()]
+        names = list(counts[0])
+        order = list(range(len(names)))
+        if len(names) > MOST_CLASSES:
+            order = sorted(order, key=lambda label: -counts[0][names[label]])
+            order = [*order[: MOST_CLASSES // 2], *order[-MOST_CLASSES // 2 :]]
+        rows: list[tuple[str, ...]] = [("label", "class", *self.parts)]
+        rows += [(str(label), names[label], *(f"{part[names[label]]:,}" for part in counts)) for label in order]
+        if len(names) > MOST_CLASSES:
+            rows.insert(1 + MOST_CLASSES // 2, ("...",) * len(rows[0]))
         return rows
 
     def remarks(self) -> list[str]:

@@ -126,6 +126,20 @@ def test_meta_images_among_the_training_images_are_a_problem_told_once(root):
     assert report.protocol is None
 
 
+def test_of_many_classes_the_largest_and_the_smallest_are_shown(root):
+    report = report_of(root)
+    assert report.class_rows() == [
+        ("label", "class", "training", "meta", "test"),
+        ("0", "ant", "8", "8", "8"),
+        ("1", "bee", "8", "8", "8"),
+    ]
+    report.parts["training"].per_class = {f"c{label}": 1000 - label for label in range(50)}
+    report.parts = {"training": report.parts["training"]}
+    rows = report.class_rows()
+    assert [row[0] for row in rows[1:]] == [*map(str, range(10)), "...", *map(str, range(40, 50))]
+    assert rows[-1] == ("49", "c49", "951")
+
+
 def test_the_command_prints_a_table_and_writes_the_report(root, tmp_path, capsys):
     (root / "train/ant/1.jpg").write_bytes(b"")
     command = ["data", "check", "--dataset", "imagefolder", "--data-root", str(root), "--output", str(tmp_path / "out")]
