@@ -26,7 +26,8 @@ from fastadvisor.metagrad import forward as forward_module
 from fastadvisor.models import Layer, cut_at, layers_of
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import environment
-from fastadvisor.runtime.precision import autocast, pick_device
+from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.trainer import Trainer
 
@@ -46,26 +47,26 @@ class Candidate:
 
 def candidates(trainer: Trainer, shape: tuple[int, int]) -> dict[str, Candidate]:
     """Return what is compared, by name."""
-    model, precision = trainer.model, trainer.precision
+    model, execution = trainer.model, trainer.execution
     layers: list[Layer] = layers_of(model, shape)
     found = {
-        "differences": Candidate(ForwardEngine(precision, tangent="difference")),
-        "differences, step 1e-4": Candidate(ForwardEngine(precision, tangent="difference"), difference_step=1e-4),
-        "bfloat16": Candidate(ForwardEngine(lambda: autocast(trainer.device, True))),
-        "half the meta batch": Candidate(ForwardEngine(precision), meta_share=0.5),
-        "top block": Candidate(ForwardEngine(precision, layers[-1].cut)),
-        "random 4": Candidate(LayerwiseEngine(ForwardEngine(precision), model, layers, 4)),
-        "random 8": Candidate(LayerwiseEngine(ForwardEngine(precision), model, layers, 8)),
+        "differences": Candidate(ForwardEngine(execution, tangent="difference")),
+        "differences, step 1e-4": Candidate(ForwardEngine(execution, tangent="difference"), difference_step=1e-4),
+        "bfloat16": Candidate(ForwardEngine(Execution(trainer.device, torch.bfloat16))),
+        "half the meta batch": Candidate(ForwardEngine(execution), meta_share=0.5),
+        "top block": Candidate(ForwardEngine(execution, layers[-1].cut)),
+        "random 4": Candidate(LayerwiseEngine(ForwardEngine(execution), model, layers, 4)),
+        "random 8": Candidate(LayerwiseEngine(ForwardEngine(execution), model, layers, 8)),
     }
     for stages in (1, 2):
         cut = cut_at(model, shape, stages)
         if cut is not None:
             name = "top stage" if stages == 1 else f"top {stages} stages"
-            found[name] = Candidate(ForwardEngine(precision, cut))
+            found[name] = Candidate(ForwardEngine(execution, cut))
             if stages == 1:
-                found[f"{name}, virtual step of its own"] = Candidate(ForwardEngine(precision, cut), own_virtual=True)
+                found[f"{name}, virtual step of its own"] = Candidate(ForwardEngine(execution, cut), own_virtual=True)
     learned = LearnedLayers(GradientSamplers(len(layers)), 4)
-    found["learned 4"] = Candidate(LayerwiseEngine(ForwardEngine(precision), model, layers, 4, learned))
+    found["learned 4"] = Candidate(LayerwiseEngine(ForwardEngine(execution), model, layers, 4, learned))
     return found
 
 
@@ -86,7 +87,7 @@ def probe(trainer: Trainer, compared: dict[str, Candidate], train: Batch, meta: 
             result = candidate.engine.meta_gradient(problem, virtual, few)
         return torch.cat([part.flatten() for part in result.gradients]), virtual
 
-    exact, virtual = gradient(Candidate(ForwardEngine(trainer.precision)), None)
+    exact, virtual = gradient(Candidate(ForwardEngine(trainer.execution)), None)
     found: dict[str, dict[str, float]] = {}
     usual = forward_module.DIFFERENCE_STEP
     for name, candidate in compared.items():

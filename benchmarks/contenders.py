@@ -14,10 +14,10 @@ import torch
 from benchmarks.peers import Higher, Textbook, TorchOpt
 from fastadvisor.config import MetaConfig, MethodConfig, ModelConfig
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import Engine, ForwardEngine, Precision, ReferenceEngine, build_engine, meta_schedule
+from fastadvisor.metagrad import Engine, ForwardEngine, ReferenceEngine, build_engine, meta_schedule
 from fastadvisor.methods import METHODS, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model
-from fastadvisor.runtime.precision import autocast
+from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step, StepResult
 
 SIDE, CLASSES = 32, 10
@@ -49,9 +49,9 @@ class Setting:
     amp: bool = False
     dtype: torch.dtype = torch.float32
 
-    def precision(self) -> Precision:
-        """Return what makes the autocast context."""
-        return lambda: autocast(self.device, self.amp)
+    def execution(self) -> Execution:
+        """Return how passes are run."""
+        return Execution(self.device, torch.bfloat16 if self.amp else None)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Parts:
     method: Method
     optimizer: torch.optim.Optimizer
     advisor_optimizer: torch.optim.Optimizer | None
-    precision: Precision
+    execution: Execution
 
     @classmethod
     def of(cls, setting: Setting, method_name: str = METHOD) -> "Parts":
@@ -95,22 +95,22 @@ class Parts:
             method.advisor.to(setting.device, setting.dtype)
             advisor_optimizer = torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-        return cls(model, method, optimizer, advisor_optimizer, setting.precision())
+        return cls(model, method, optimizer, advisor_optimizer, setting.execution())
 
     def step(self, engine: Engine) -> Step:
         """Return our iteration with ``engine``."""
-        return Step(self.model, self.method, self.optimizer, self.advisor_optimizer, engine, self.precision)
+        return Step(self.model, self.method, self.optimizer, self.advisor_optimizer, engine, self.execution)
 
     def peer(self, kind: type[Textbook]) -> Textbook:
         """Return an iteration written in the way of ``kind``."""
         assert self.advisor_optimizer is not None
-        return kind(self.model, self.method, self.optimizer, self.advisor_optimizer, self.precision)
+        return kind(self.model, self.method, self.optimizer, self.advisor_optimizer, self.execution)
 
 
 def plain(setting: Setting) -> Step:
     """Cross-entropy, no advisor."""
     parts = Parts.of(setting, "ce")
-    return parts.step(ForwardEngine(parts.precision))
+    return parts.step(ForwardEngine(parts.execution))
 
 
 def textbook(setting: Setting) -> Textbook:
@@ -121,7 +121,7 @@ def textbook(setting: Setting) -> Textbook:
 def shared_double_backward(setting: Setting) -> Step:
     """Our step with the reference engine."""
     parts = Parts.of(setting)
-    return parts.step(ReferenceEngine(parts.precision))
+    return parts.step(ReferenceEngine(parts.execution))
 
 
 def higher(setting: Setting) -> Textbook:
@@ -142,7 +142,7 @@ def ours(label: str, limit: float | None = None, meta_share: float = 1.0, **sett
 
     def build(setting: Setting) -> Step:
         parts = Parts.of(setting)
-        step = parts.step(build_engine(config, parts.model, (SIDE, SIDE), parts.precision, amp=setting.amp))
+        step = parts.step(build_engine(config, parts.model, (SIDE, SIDE), parts.execution))
         step.interval, step.behind, step.lean = schedule.interval, schedule.behind, config.lean
         step.attached = config.advisor_inputs == "attached"
         return step

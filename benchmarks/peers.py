@@ -16,9 +16,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import Precision
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
+from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import StepResult
 from fastadvisor_kernels import Beta
 
@@ -34,7 +34,7 @@ class Textbook:
     method: Method
     optimizer: torch.optim.Optimizer
     advisor_optimizer: torch.optim.Optimizer
-    precision: Precision
+    execution: Execution
 
     def __call__(self, train: Batch, meta: Batch | None) -> StepResult:
         """Take one step on ``train``."""
@@ -53,16 +53,16 @@ class Textbook:
 
     def loss_pre_calculation(self, train: Batch) -> Tensor:
         """(a) First forward pass: the plain losses (B,)."""
-        with torch.no_grad(), self.precision():
+        with torch.no_grad(), self.execution():
             logits = self.model(train.images)
         return cross_entropy(_at_least_float32(logits), train.labels, reduction="none")
 
     def virtual_loss(self, classifier: Classifier, head: nn.Module, train: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """Second forward pass: L(w; θ), a scalar with a graph to the weights and to the advisor."""
-        with self.precision():
+        with self.execution():
             features = classifier(train.images, features=True)
         advice = self.method.advise(features.detach(), loss_pre, train.labels, draw)
-        with self.precision():
+        with self.execution():
             return self.method.loss(features, train.labels, head, advice)
 
     def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
@@ -72,17 +72,17 @@ class Textbook:
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         lr = self._lr()
         virtual = {name: w.detach() - lr * gradient for (name, w), gradient in zip(weights.items(), gradients, strict=True)}
-        with self.precision():
+        with self.execution():
             logits = functional_call(self.model, virtual, (meta.images,))
         return cross_entropy(_at_least_float32(logits), meta.labels)
 
     def actual_train(self, train: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """(d) Third forward pass, with the updated advisor; returns the loss."""
-        with self.precision():
+        with self.execution():
             features = self.model(train.images, features=True)
         with torch.no_grad():
             advice = self.method.advise(features, loss_pre, train.labels, draw)
-        with self.precision():
+        with self.execution():
             loss = self.method.loss(features, train.labels, self.model.head, advice)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -104,7 +104,7 @@ class Higher(Textbook):
         virtual_sgd = torch.optim.SGD(self.model.parameters(), lr=self._lr())
         with higher.innerloop_ctx(self.model, virtual_sgd) as (functional, differentiable):
             differentiable.step(self.virtual_loss(functional, functional.head, train, loss_pre, draw))
-            with self.precision():
+            with self.execution():
                 logits = functional(meta.images)
             return cross_entropy(_at_least_float32(logits), meta.labels)
 
@@ -120,7 +120,7 @@ class TorchOpt(Textbook):
         before = torchopt.extract_state_dict(self.model, by="reference")
         try:
             differentiable.step(self.virtual_loss(self.model, self.model.head, train, loss_pre, draw))
-            with self.precision():
+            with self.execution():
                 logits = self.model(meta.images)
             return cross_entropy(_at_least_float32(logits), meta.labels)
         finally:

@@ -43,7 +43,7 @@ def measure(setting: Setting, batch_size: int, rounds: int) -> dict[str, float]:
     """Return the median milliseconds of each phase."""
     plain, step = CONTENDERS["plain"].build(setting), CONTENDERS["exact"].build(setting)
     assert isinstance(step, Step)
-    engine, difference = step.engine, ForwardEngine(setting.precision(), tangent="difference")
+    engine, difference = step.engine, ForwardEngine(setting.execution(), tangent="difference")
     assert isinstance(engine, ForwardEngine)
     train, meta = batches(batch_size, setting.device)
     times: dict[str, list[float]] = {name: [] for name in UNITS}
@@ -67,8 +67,10 @@ def measure(setting: Setting, batch_size: int, rounds: int) -> dict[str, float]:
             timed("the tangent by dual numbers alone", partial(engine.to_advisor, problem, g))
         if not setting.amp:
             timed("the tangent by a difference", partial(difference.to_advisor, problem, g))
-        step.method.learn(gradients, step.advisor_optimizer)
-        timed("actual backward (d)", partial(step.actual_train, shared))
+        step.method.learn(gradients)
+        assert step.advisor_optimizer is not None
+        step.advisor_optimizer.step()
+        timed("actual backward (d)", partial(step.actual_train, [shared]))
     return {name: statistics.median(values[1:]) for name, values in times.items() if values}  # the first round warms up
 
 

@@ -216,7 +216,11 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device."""
     amp: bool = False
-    """bfloat16 autocast."""
+    """Mixed precision: forward passes of the classifier by autocast; losses, advisor and statistics stay in float32."""
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """--amp: auto: bfloat16, or float16 with a scaled loss on GPUs without it."""
+    tf32: bool = False
+    """Float32 matrix products in TF32, on GPUs that have it (convolutions are anyway, which is torch's default)."""
     output: str | None = None
     """Run folder; none: a new one under runs/."""
     resume: bool = False

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import Batch, TrainingData, build_test_loader, load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.metagrad import Precision
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime import memory
-from fastadvisor.runtime.precision import autocast, pick_device
+from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.precision import amp_dtype, pick_device
 
 MANY, FEW = 100, 20
 """Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""
@@ -37,7 +37,9 @@ class Accuracy:
     """Mean of per-class accuracies over the classes with many, medium and few training images; None of no classes."""
 
 
-def accuracy(model: nn.Module, test: Iterable[Batch], data: TrainingData, *, precision: Precision) -> Accuracy:
+def accuracy(
+    model: nn.Module, test: Iterable[Batch], data: TrainingData, *, precision: Callable[[], AbstractContextManager[None]]
+) -> Accuracy:
     """Test ``model`` in evaluation mode, and leave it in the mode it was in.
 
     Args:
@@ -109,7 +111,12 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
     state = checkpoints.read(path) if checkpoint == "model" else checkpoints.load(path)["model"]
     checkpoints.load_model_state(model.model, state, path)
     with memory.enough(chosen), closing(test):
-        result = accuracy(model.to(chosen), test, data, precision=lambda: autocast(chosen, config.amp))
+        result = accuracy(
+            model.to(chosen),
+            test,
+            data,
+            precision=Execution(chosen, amp_dtype(config.amp_dtype, chosen) if config.amp else None),
+        )
     about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
     per_class = dict(zip(data.classes, result.per_class_top1, strict=True))
     return {**about, "test_size": len(test), **asdict(result), "per_class_top1": per_class}

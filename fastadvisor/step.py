@@ -2,27 +2,32 @@
 
 The four phases see the same images and the same weights, so the backbone runs forward on the train batch once, and its graph
 serves Loss Pre-calculation, Virtual-Train and Actual-Train.
+
+With gradient accumulation a batch comes in micro-batches, whose graphs are let go and had again (``SharedForward.again``).
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad import Engine, MetaProblem, Plan, Precision, SharedForward, VirtualStep
+from fastadvisor.metagrad import Engine, MetaProblem, Plan, SharedForward, VirtualStep
 from fastadvisor.metagrad.tangent import Recording, Tape
 from fastadvisor.methods import Advice, Method
 from fastadvisor.models import Entering, SplitClassifier
+from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.random_state import RandomState
+from fastadvisor.watch import Watch
 
 
 class StepResult(NamedTuple):
-    """Losses of an iteration, scalars on the device (reading them waits for it)."""
+    """Losses of an iteration, scalars on the device (reading them waits for it), of this rank's images."""
 
     loss: Tensor
     meta_loss: Tensor | None
@@ -38,7 +43,7 @@ class Step:
     optimizer: torch.optim.Optimizer
     advisor_optimizer: torch.optim.Optimizer | None
     engine: Engine
-    precision: Precision
+    execution: Execution
     virtual_with_optimizer: bool = False
     attached: bool = False
     """The advisor's inputs carry gradients (``--advisor-inputs attached``)."""
@@ -48,7 +53,15 @@ class Step:
     """The advisor is one step behind: its virtual step is the actual one."""
     lean: bool = False
     """Run the backbone on the train batch a second time rather than hold its graph through the meta step."""
+    accumulate: int = 1
+    """Micro-batches that a batch comes in."""
+    clip: float | None = None
+    """Norm that the actual gradient is cut to."""
+    watch: Watch | None = None
+    """Looks at the numbers before they reach a weight."""
     iteration: int = 0
+    advice: Advice | None = None
+    """Of the last actual step (with micro-batches, of the last of them)."""
 
     @property
     def meta_is_due(self) -> bool:
@@ -56,65 +69,99 @@ class Step:
         return self.method.learns and self.iteration % self.interval == 0
 
     def __call__(self, train: Batch, meta: Batch | None) -> StepResult:
-        """Take one step on ``train``; ``meta`` is None where no meta step is due."""
-        self.iteration += 1
-        if not self.method.learns:
-            meta = None
-        shared = self.loss_pre_calculation(train, with_meta_step=meta is not None)
-        if meta is None:
-            return StepResult(self.actual_train(shared), None)
-        if self.behind:
-            return self.actual_then_meta_train(shared, meta)
-        meta_loss = self.virtual_and_meta_train(shared, meta)
-        return StepResult(self.actual_train(shared), meta_loss)
+        """Take one step on ``train``; ``meta`` is None where no meta step is due.
 
-    def loss_pre_calculation(self, train: Batch, *, with_meta_step: bool = True) -> SharedForward:
-        """(a) Run the backbone once, and the head on its unmasked features."""
+        Raises:
+            NonFiniteError: the watch found something, and does not skip.
+        """
+        self.iteration += 1
+        if meta is None or not self.method.learns:
+            parts = (self.loss_pre_calculation(part, with_meta_step=False) for part in train.split(self.accumulate))
+            result = StepResult(self.actual_train(parts), None)
+        elif self.behind:
+            result = self.actual_then_meta_train(train, meta)
+        else:
+            shared = self._shared(train)
+            meta_loss = self.virtual_and_meta_train(shared, meta)
+            result = StepResult(self.actual_train(shared), meta_loss)
+        self.execution.end_iteration()
+        return result
+
+    def loss_pre_calculation(self, train: Batch, plan: Plan | None = None, *, with_meta_step: bool = True) -> SharedForward:
+        """(a) Run the backbone once, and the head on its unmasked features. ``plan``: the engine's, if it has been asked."""
         start = Entering(train.images, RandomState.now(train.images.device))
-        plan = self.engine.plan() if with_meta_step else Plan()
+        if plan is None:
+            plan = self.engine.plan() if with_meta_step else Plan()
         # A tape holds on to what a lean step, or one step behind, lets go before the meta step; above a cut that is little.
-        too_much = self.lean or (self.behind and plan.cut is None)
+        too_much = self.lean or self.accumulate > 1 or (self.behind and plan.cut is None)
         tape = Tape() if plan.record and not too_much and not self.model.compiled else None
-        with self.precision():
+        with self.execution():
             features, at_cut = self._features(train, plan, tape)
         loss_pre = self._loss_pre(features, train)
         shared = SharedForward(train, features, loss_pre, self.method.draw(train.labels), start, at_cut, tape)
-        if self.lean and with_meta_step and not self.behind:
+        if (self.lean or self.accumulate > 1) and with_meta_step and not self.behind:
             shared.again = partial(self._run_again, plan)  # not bound to it: a cycle would hold its tape until collected
         return shared
 
-    def virtual_and_meta_train(self, shared: SharedForward, meta: Batch) -> Tensor:
+    def virtual_and_meta_train(self, shared: list[SharedForward], meta: Batch) -> Tensor:
         """(b) Virtual-Train: w' = w − α ∇w L(w; θ). (c) Meta-Train: θ ← Adam(θ, ∇θ Lmeta(w'))."""
-        problem = self.problem(shared)
+        problem = self.problem(*shared)
         virtual = self.engine.virtual_train(problem)
         return self._meta_train(problem, virtual, meta)
 
-    def actual_train(self, shared: SharedForward) -> Tensor:
+    def actual_train(self, parts: Iterable[SharedForward]) -> Tensor:
         """(d) Actual-Train: w ← SGD(w, ∇w L(w; θ)) with the updated advisor."""
-        shared.restore()
-        with nullcontext() if self.attached else torch.no_grad():
-            advice = self._advise(shared)
-        loss = self._backward(shared, advice)
-        self.optimizer.step()
-        return loss
+        losses: list[Tensor] = []
+        for shared in parts:
+            shared.restore()
+            with nullcontext() if self.attached else torch.no_grad():
+                advice = self._advise(shared)
+            losses.append(self._backward(shared, advice, len(losses)))
+        return self._classifier_step(losses)
 
-    def actual_then_meta_train(self, shared: SharedForward, meta: Batch) -> StepResult:
+    def actual_then_meta_train(self, train: Batch, meta: Batch) -> StepResult:
         """(b), (c), (d) with the advisor one step behind: the actual gradient, taken with today's advisor, is the virtual
         gradient too, and the advisor it teaches serves from the next iteration on. The graph is gone by the meta step.
         """
-        problem = replace(self.problem(shared), stepped=True)
-        loss = self._backward(shared, problem.training_advice())
+        plan = self.engine.plan()
+        losses: list[Tensor] = []
+        problems: list[MetaProblem] = []
+        for part in train.split(self.accumulate):
+            problem = replace(self.problem(self.loss_pre_calculation(part, plan)), stepped=True)
+            losses.append(self._backward(problem.shared, problem.training_advice(), len(losses)))
+            problems.append(problem)
         parameters = self.model.part_parameters()
         gradients = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values())
-        meta_loss = self._meta_train(problem, problem.step.apply(parameters, gradients), meta)
-        self.optimizer.step()
-        return StepResult(loss, meta_loss)
+        whole = problems[0] if len(problems) == 1 else replace(problems[0], parts=tuple(problems))
+        meta_loss = self._meta_train(whole, whole.step.apply(parameters, gradients), meta)
+        return StepResult(self._classifier_step(losses), meta_loss)
 
-    def problem(self, shared: SharedForward) -> MetaProblem:
-        """Return what the meta step starts from."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        step = VirtualStep(lr, self.optimizer if self.virtual_with_optimizer else None)
-        return MetaProblem(self.model, self.method, shared, self._advise(shared), step, self.attached)
+    def problem(self, *shared: SharedForward) -> MetaProblem:
+        """Return what the meta step starts from: one forward pass, or those of the micro-batches."""
+        lr, shares = self._rates()
+        step = VirtualStep(lr, self.optimizer if self.virtual_with_optimizer else None, shares)
+        parts = tuple(MetaProblem(self.model, self.method, one, self._advise(one), step, self.attached) for one in shared)
+        return parts[0] if len(parts) == 1 else replace(parts[0], parts=parts)
+
+    def _rates(self) -> tuple[float, dict[str, float]]:
+        """Return the largest rate, and the others' shares of it by parameter name."""
+        groups = self.optimizer.param_groups
+        largest = max(group["lr"] for group in groups)
+        if len(groups) == 1 or not largest:
+            return largest, {}
+        shares = {id(p): group["lr"] / largest for group in groups for p in group["params"]}
+        return largest, {name: shares[id(p)] for name, p in self.model.part_parameters().items()}
+
+    def _shared(self, train: Batch) -> list[SharedForward]:
+        plan = self.engine.plan()
+        if self.accumulate == 1:
+            return [self.loss_pre_calculation(train, plan)]
+        parts = []
+        for part in train.split(self.accumulate):
+            parts.append(self.loss_pre_calculation(part, plan))
+            parts[-1].for_tangent = False  # or all graphs would be there at once
+            parts[-1].release()
+        return parts
 
     def _advise(self, shared: SharedForward) -> Advice:
         features, loss_pre = shared.features, shared.loss_pre
@@ -122,17 +169,44 @@ class Step:
             features = features.detach()
         return self.method.advise(features, loss_pre, shared.batch.labels, shared.draw)
 
-    def _backward(self, shared: SharedForward, advice: Advice) -> Tensor:
-        with self.precision():
+    def _backward(self, shared: SharedForward, advice: Advice, number: int) -> Tensor:
+        """Take the gradients of micro-batch ``number``, and return its loss."""
+        with self.execution():
             loss = self.method.loss(shared.features, shared.batch.labels, self.model.head, advice)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=[p for p in self.model.parameters() if p.requires_grad])
+        if number == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.advice = advice.detach()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        share = loss if self.accumulate == 1 else loss / self.accumulate
+        self.execution.backward(share, self.optimizer, parameters, last=number == self.accumulate - 1)
         return loss.detach()
+
+    def _classifier_step(self, losses: list[Tensor]) -> Tensor:
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        gradients = {f"the gradient of {name}": p.grad for name, p in self.model.model.named_parameters()}
+        if self.watch is None or self.watch.passes(self._values("the training loss", loss, self.advice), gradients):
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.clip)
+            self.execution.step(self.optimizer)
+        return loss
 
     def _meta_train(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> Tensor:
         loss, gradients = self.engine.meta_gradient(problem, virtual, meta)
-        self.method.learn(gradients, self.advisor_optimizer)
+        names = self.method.meta_parameter_names()
+        named = {f"the meta-gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
+        if self.watch is None or self.watch.passes(self._values("the meta loss", loss, problem.advice), named):
+            self.method.learn(gradients)
+            if self.advisor_optimizer is not None:
+                self.execution.step(self.advisor_optimizer)
         return loss
+
+    @staticmethod
+    def _values(name: str, loss: Tensor, advice: Advice | None) -> dict[str, Tensor | None]:
+        """Return what the watch is to look at, the cause before the effect."""
+        if advice is None:
+            return {name: loss}
+        outputs = {"mask": advice.mask, "equalisation": advice.equalisation, "weight": advice.weight}
+        return {**{f"the advisor's {key}": value for key, value in outputs.items()}, name: loss}
 
     def _features(self, train: Batch, plan: Plan, tape: Tape | None) -> tuple[Tensor, Entering | None]:
         with nullcontext() if tape is None else Recording(tape):
@@ -145,12 +219,12 @@ class Step:
         return features, seen[0]
 
     def _loss_pre(self, features: Tensor, train: Batch) -> Tensor:
-        with nullcontext() if self.attached else torch.no_grad(), self.precision():
+        with nullcontext() if self.attached else torch.no_grad(), self.execution():
             logits = self.model.head(features)
             return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), train.labels, reduction="none")
 
     def _run_again(self, plan: Plan, shared: SharedForward) -> None:
         shared.tape = Tape() if plan.record and not self.model.compiled else None
-        with shared.start.random_state.replayed(), self.model.frozen_statistics(), self.precision():
+        with shared.start.random_state.replayed(), self.model.frozen_statistics(), self.execution():
             shared.features, shared.at_cut = self._features(shared.batch, plan, shared.tape)
         shared.loss_pre = self._loss_pre(shared.features, shared.batch)

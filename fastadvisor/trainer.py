@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from fastadvisor.methods import METHODS, build_method, check_method
 from fastadvisor.models import build_model, check_model
 from fastadvisor.runtime import allocator, checkpoint, memory
 from fastadvisor.runtime.environment import environment
+from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.logger import TensorBoard
-from fastadvisor.runtime.precision import autocast, check_kernels, pick_device
+from fastadvisor.runtime.precision import amp_dtype, check_kernels, pick_device, use_tf32
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
@@ -85,6 +86,8 @@ class Trainer:
         if config.iterations is not None:
             config = replace(config, epochs=max(1, round(config.iterations / len(self.loaders.train))))
         self.config, self.device = config, device
+        use_tf32(config.tf32)
+        self.execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None)
         self.data = data = self.loaders.data
         torch.manual_seed(config.seed)
         shape = (self.loaders.size, self.loaders.size)
@@ -107,7 +110,7 @@ class Trainer:
             ),
             self._advisor_optimizer(),
             self._engine(shape),
-            self.precision,
+            self.execution,
             virtual_with_optimizer=config.virtual_step == "optimizer",
             attached=config.advisor_inputs == "attached",
             interval=schedule.interval,
@@ -124,14 +127,10 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._bad_reported = 0
 
-    def precision(self) -> AbstractContextManager[None]:
-        """Make the context that forward passes run in."""
-        return autocast(self.device, self.config.amp)
-
     def _engine(self, shape: tuple[int, int]) -> Engine:
         if not self.method.learns:
-            return ForwardEngine(self.precision)  # never asked
-        return build_engine(self.config, self.model, shape, self.precision, amp=self.config.amp)
+            return ForwardEngine(self.execution)  # never asked
+        return build_engine(self.config, self.model, shape, self.execution)
 
     def _advisor_optimizer(self) -> torch.optim.Optimizer | None:
         if self.method.advisor is None:
@@ -273,7 +272,7 @@ class Trainer:
 
     def test(self) -> Accuracy:
         """Return the accuracy on the test set as of now."""
-        return accuracy(self.model, self.loaders.test, self.data, precision=self.precision)
+        return accuracy(self.model, self.loaders.test, self.data, precision=self.execution)
 
     def close(self) -> None:
         """End the loaders' threads and processes."""

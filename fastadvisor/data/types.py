@@ -21,6 +21,11 @@ class Batch(NamedTuple):
     ids: Tensor
     """(B,) int64 stable sample numbers: rows of ``TrainingData.images`` and ``TrainingData.labels``."""
 
+    def split(self, parts: int) -> list["Batch"]:
+        """Return the batch in so many equal parts, which must divide it."""
+        pieces = zip(*(tensor.chunk(parts) for tensor in self), strict=True)
+        return [self] if parts == 1 else [Batch(*piece) for piece in pieces]
+
 
 @dataclass
 class Split:

@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 from fastadvisor.config import MetaConfig
 from fastadvisor.errors import UserError
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, Precision, SharedForward, VirtualStep
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, SharedForward, VirtualStep
 from fastadvisor.metagrad.forward import ForwardEngine, Tangent
 from fastadvisor.metagrad.layerwise import GradientSamplers, LayerwiseEngine, LearnedLayers
 from fastadvisor.metagrad.reference import ReferenceEngine
 from fastadvisor.metagrad.validated import ValidatedEngine
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier, cut_at, layers_of
+from fastadvisor.runtime.execution import Execution
 
 __all__ = [
     "Engine",
@@ -22,7 +23,6 @@ __all__ = [
     "MetaProblem",
     "MetaSchedule",
     "Plan",
-    "Precision",
     "ReferenceEngine",
     "SharedForward",
     "ValidatedEngine",
@@ -72,49 +72,45 @@ def meta_schedule(config: MetaConfig, method: type[Method]) -> MetaSchedule:
     return MetaSchedule(interval, config.virtual_gradient == "actual" or (config.virtual_gradient == "auto" and approximate))
 
 
-def build_engine(
-    config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], precision: Precision, *, amp: bool = False
-) -> Engine:
+def build_engine(config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], execution: Execution) -> Engine:
     """Return the engine ``config`` asks for.
 
     Args:
         config: the meta-gradient's settings.
         model: the classifier, on its device.
         image_shape: (height, width) of its images, to try where it can be cut.
-        precision: of forward passes.
-        amp: whether that is less than float32.
+        execution: how passes are run.
     """
     if config.meta_engine == "reference":
-        return ReferenceEngine(precision)
+        return ReferenceEngine(execution)
     if not config.approx_meta:
-        return ForwardEngine(precision)
-    approximate = _approximate(config, model, image_shape, precision, amp)
-    if not config.validate_meta_every or approximate == ForwardEngine(precision):
+        return ForwardEngine(execution)
+    approximate = _approximate(config, model, image_shape, execution)
+    if not config.validate_meta_every or approximate == ForwardEngine(execution):
         return approximate
-    return ValidatedEngine(approximate, ForwardEngine(precision), config.validate_meta_every, config.min_meta_cosine)
+    exact, ranks = ForwardEngine(execution), execution.ranks
+    return ValidatedEngine(approximate, exact, config.validate_meta_every, config.min_meta_cosine, ranks=ranks)
 
 
-def _approximate(
-    config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], precision: Precision, amp: bool
-) -> Engine:
+def _approximate(config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], execution: Execution) -> Engine:
     if config.approx_tangent == "difference" and model.head.weight.device.type != "cpu":
         raise UserError("--approx-tangent difference needs float32 in full, and a GPU convolves in TF32: take forward.")
     # A GPU convolves in TF32 unless told otherwise, whose rounding is longer than the difference.
-    rounded = amp or model.head.weight.device.type != "cpu"
+    rounded = execution.dtype is not None or model.head.weight.device.type != "cpu"
     tangent: Tangent = config.approx_tangent if config.approx_tangent != "auto" else "forward" if rounded else "difference"
     if config.approx_layers == "all":
-        return ForwardEngine(precision, tangent=tangent)
+        return ForwardEngine(execution, tangent=tangent)
     if config.approx_layers == "top":
         cut = cut_at(model, image_shape, config.approx_stages)
         if cut is None:
             print(f"{model.name} cannot be cut below its top {config.approx_stages} stages: all layers count.")
-        return ForwardEngine(precision, cut, tangent=tangent)
+        return ForwardEngine(execution, cut, tangent=tangent)
     layers = layers_of(model, image_shape)
     if len(layers) <= config.approx_budget:
         print(f"{model.name} has no more than {len(layers)} layers that can be told apart: all of them count.")
-        return ForwardEngine(precision, tangent=tangent)
+        return ForwardEngine(execution, tangent=tangent)
     learned = None
     if config.approx_layers == "learned":
         samplers = GradientSamplers(len(layers)).to(model.head.weight.device)
         learned = LearnedLayers(samplers, config.approx_budget)
-    return LayerwiseEngine(ForwardEngine(precision, tangent=tangent), model, layers, config.approx_budget, learned)
+    return LayerwiseEngine(ForwardEngine(execution, tangent=tangent), model, layers, config.approx_budget, learned)

@@ -5,8 +5,7 @@ Shapes: B train batch, D features. Symbols are those of README.md in this folder
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,6 @@ from fastadvisor.metagrad.tangent import Tape
 from fastadvisor.methods.base import Advice, Method
 from fastadvisor.models import Cut, Entering, SplitClassifier
 from fastadvisor_kernels import Beta
-
-Precision = Callable[[], AbstractContextManager[None]]
-"""Makes the autocast context that forward passes of the classifier run in."""
 
 
 class Plan(NamedTuple):
@@ -50,7 +46,9 @@ class SharedForward:
     tape: Tape | None = None
     """Outputs of the pass, where the engine asked for them."""
     again: Callable[["SharedForward"], None] | None = None
-    """Runs the pass a second time and puts its graph into what it is handed; there with ``--lean`` only."""
+    """Runs the pass a second time and puts its graph into what it is handed; there with ``--lean``, or as a micro-batch."""
+    for_tangent: bool = True
+    """Whether a pass that has been let go is to be run again for the tangent pass already, which then finds its tape."""
     released: bool = False
     """Whether the graph has been let go."""
     renewals: int = 0
@@ -83,8 +81,11 @@ class VirtualStep:
     """w' = w − α d, d = ∇w L: plain SGD; or with the optimizer's weight decay and momentum (Algorithm 1, Virtual-Train)."""
 
     lr: float
+    """α; with layer-wise rates the largest."""
     optimizer: torch.optim.Optimizer | None = None
     """Given: d also holds its weight decay and its momentum buffers."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Layer-wise rates in units of ``lr``, by parameter name; 1 where nothing is said."""
 
     def apply(self, parameters: Mapping[str, nn.Parameter], gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Return w' by name; differentiable in ``gradients`` where they carry a graph.
@@ -100,7 +101,14 @@ class VirtualStep:
             if group["momentum"]:
                 known = [torch.zeros_like(w) if buffer is None else buffer for w, buffer in zip(weights, buffers, strict=True)]
                 directions = torch._foreach_add(list(directions), known, alpha=group["momentum"])
+        directions = tuple(self.scaled(dict(zip(parameters, directions, strict=True))).values())
         return dict(zip(parameters, torch._foreach_add(weights, list(directions), alpha=-self.lr), strict=True))
+
+    def scaled(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``direction`` times the layers' shares of the rate."""
+        if not self.shares:
+            return direction
+        return {name: self.shares.get(name, 1.0) * value for name, value in direction.items()}
 
 
 @dataclass
@@ -117,6 +125,12 @@ class MetaProblem:
     """Whether the advice has a graph to the features and the loss it was given, and moves with them."""
     stepped: bool = False
     """Whether the virtual weights are the actual step's, of all layers, and the graph has been used up by it."""
+    parts: tuple["MetaProblem", ...] = ()
+    """With gradient accumulation, the micro-batches; what stands above is then the first one's."""
+
+    def micro_batches(self) -> tuple["MetaProblem", ...]:
+        """Return the parts, equally large, whose mean losses average to the batch's."""
+        return self.parts or (self,)
 
     def training_advice(self) -> Advice:
         """Return the advice as the training loss takes it when its gradient for the classifier is wanted."""

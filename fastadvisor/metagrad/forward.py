@@ -7,6 +7,7 @@ form that an ordinary backward takes to θ. Nothing is differentiated twice. Der
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, Precision, SharedForward
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, SharedForward
 from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice, Dual, HeadTangent, loss_tangent
 from fastadvisor.models import Cut, SplitClassifier
+from fastadvisor.runtime.execution import Execution
 
 # torch scripts some of its own forward-mode formulas on first use, and tells the user that scripting is deprecated.
 warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning)
@@ -37,7 +39,7 @@ drown in float32 rounding. Mean relative error of the meta-gradient: 0.002; 0.00
 class ForwardEngine(Engine):
     """Forward over reverse. Exact as it stands; with ``cut`` or ``only``, all other layers count as constants."""
 
-    precision: Precision
+    execution: Execution
     cut: Cut | None = None
     """Nothing below it counts."""
     only: tuple[str, ...] | None = None
@@ -61,46 +63,74 @@ class ForwardEngine(Engine):
         if method.of_one_batch:  # weights of 0 make a gradient of 0
             shared.release()
             return problem.step.apply(parameters, tuple(torch.zeros_like(p) for p in parameters.values()))
-        shared.restore()
-        with self.precision():
-            loss = method.loss(shared.features, shared.batch.labels, model.head, problem.training_advice())
-        gradients = torch.autograd.grad(
-            loss,
+        gradients = self.execution.gradients(
+            problem.micro_batches(),
+            self._training_loss,
             list(parameters.values()),
             retain_graph=shared.again is None,  # the backbone's graph still has the actual step to serve
-            allow_unused=True,
-            materialize_grads=True,
+            done=lambda part: part.shared.release(),
         )
-        shared.release()
         return problem.step.apply(parameters, gradients)
+
+    def _training_loss(self, part: MetaProblem) -> Tensor:
+        shared = part.shared
+        shared.restore()
+        with self.execution():
+            return part.method.loss(shared.features, shared.batch.labels, part.model.head, part.training_advice())
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta(w') and its gradient. ``virtual`` may hold more weights than those that count."""
-        loss, gradient = self.gradient_at(problem.model, virtual, meta)
+        loss, gradient = self.gradient_at(problem.model, virtual, meta, len(problem.micro_batches()))
         return MetaGradient(loss, self.to_advisor(problem, gradient))
 
-    def gradient_at(self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return Lmeta(w') and g = ∇w' Lmeta(w') of the layers that count."""
-        loss, weights = self.meta_loss(model, virtual, meta)
-        gradient = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-        return loss.detach(), dict(zip(weights, gradient, strict=True))
+    def gradient_at(
+        self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch, parts: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return Lmeta(w') of this rank's meta images, taken in so many ``parts``, and g = ∇w' Lmeta(w') of the layers that
+        count, of all ranks' images.
+        """
+        values, weights = self.weights_at(model, virtual)
+        losses: list[Tensor] = []
 
-    def meta_loss(self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return Lmeta(w') with its graph to the weights that count, and these."""
+        def loss_of(part: Batch) -> Tensor:
+            losses.append(self.meta_loss(model, values, part))
+            return losses[-1]
+
+        def forget(_: Batch) -> None:
+            losses[-1] = losses[-1].detach()
+
+        gradient = self.execution.gradients(meta.split(parts), loss_of, list(weights.values()), done=forget)
+        return torch.stack(losses).mean(), dict(zip(weights, gradient, strict=True))
+
+    def weights_at(self, model: SplitClassifier, virtual: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return w' as constants but for those that count, and these alone."""
         values = {name: weight.detach() for name, weight in virtual.items()}
-        weights = {name: values[name].requires_grad_() for name in model.part_parameters(self.cut, self.only)}
-        with model.frozen_statistics(), self.precision():
+        return values, {name: values[name].requires_grad_() for name in model.part_parameters(self.cut, self.only)}
+
+    def meta_loss(self, model: SplitClassifier, values: dict[str, Tensor], meta: Batch) -> Tensor:
+        """Return Lmeta at the weights ``values``."""
+        with model.frozen_statistics(), self.execution():
             entering = meta.images
             if self.cut is not None:
                 with torch.no_grad():
                     entering = functional_call(model, values, (meta.images,), {"until": self.cut})
             logits = functional_call(model, values, (entering,), {"start": self.cut})
-        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels), weights
+        return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
 
     def to_advisor(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return −α ∇θ L̇ for the direction ``gradient``."""
+        gradient = problem.step.scaled(gradient)
+        return self.execution.gradients(
+            problem.micro_batches(),
+            lambda part: -problem.step.lr * self._tangent_loss(part, gradient),
+            problem.method.meta_parameters(),
+            average=not problem.method.of_one_batch,  # whose parameters are those of this rank's samples
+            retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
+        )
+
+    def _tangent_loss(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> Tensor:
         model, shared = problem.model, problem.shared
-        if self.plan().record:
+        if self.plan().record and shared.for_tangent:
             shared.restore()  # now, so that the tangent pass finds its tape
         tangent = (self._tangent if self.tangent == "forward" else self._difference)(model, shared, gradient)
         features = Dual(shared.features.detach(), tangent)
@@ -113,14 +143,7 @@ class ForwardEngine(Engine):
         advice, moved = problem.advice, None
         if problem.attached:
             advice, moved = self._moving_advice(problem, features, direction)
-        tangent_loss = problem.method.tangent_loss(features, shared.batch.labels, model.head, direction, advice, moved)
-        return torch.autograd.grad(
-            -problem.step.lr * tangent_loss,
-            problem.method.meta_parameters(),
-            retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        return problem.method.tangent_loss(features, shared.batch.labels, model.head, direction, advice, moved)
 
     def _tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
@@ -129,6 +152,10 @@ class ForwardEngine(Engine):
         constant affine parameters may emit a float32 tangent, which the next convolution rejects.
         """
         parameters, entering = model.part_parameters(self.cut, self.only), shared.entering(self.cut)
+        scale = None
+        if self.execution.dtype is torch.float16:  # as long as the weights, or it would be rounded to 0
+            scale = _length(list(parameters.values())) / _length([gradient[name] for name in parameters])
+            gradient = {name: scale * gradient[name] for name in parameters}
         # Of the attention kernels only the plain one has a forward-mode formula.
         with (
             torch.no_grad(),
@@ -139,11 +166,13 @@ class ForwardEngine(Engine):
             torch.compiler.set_stance("force_eager"),  # compiled code drops tangents
         ):
             duals = {name: forward_ad.make_dual(p.detach(), gradient[name]) for name, p in parameters.items()}
-            with self.precision(), Tangents(shared.tape, entering.position):
+            with self.execution(), Tangents(shared.tape, entering.position):
                 dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
             tangent = forward_ad.unpack_dual(dual).tangent
         # No tangent at all: the features do not depend on anything that counts.
-        return torch.zeros_like(shared.features) if tangent is None else tangent
+        if tangent is None:
+            return torch.zeros_like(shared.features)
+        return tangent if scale is None else tangent.float() / scale
 
     def _difference(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D) to the first order in the step ε."""
@@ -153,10 +182,9 @@ class ForwardEngine(Engine):
         if not parameters:
             return torch.zeros_like(shared.features)
         weights, directions = [p.detach() for p in parameters.values()], [gradient[name] for name in parameters]
-        length, size = (torch.stack(torch._foreach_norm(part)).norm() for part in (directions, weights))
-        step = DIFFERENCE_STEP * size / length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)
+        step = DIFFERENCE_STEP * _length(weights) / _length(directions)
         moved = torch._foreach_add(weights, torch._foreach_mul(directions, step))
-        with torch.no_grad(), entering.random_state.replayed(), model.frozen_statistics(), self.precision():
+        with torch.no_grad(), entering.random_state.replayed(), model.frozen_statistics(), self.execution():
             values = dict(zip(parameters, moved, strict=True))
             features = functional_call(model, values, (entering.activation,), {"start": self.cut, "features": True})
         return (features - shared.features.detach()) / step
@@ -177,3 +205,9 @@ class ForwardEngine(Engine):
             ]
         (mask, mask_dot), (equalisation, equalisation_dot), (weight, weight_dot) = parts
         return Advice(mask, equalisation, dual.beta, weight), Advice(mask_dot, equalisation_dot, None, weight_dot)
+
+
+def _length(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of ``tensors`` taken together, not quite 0."""
+    length = torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors])).norm()
+    return length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)

@@ -22,6 +22,7 @@ from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
 from fastadvisor.metagrad.forward import ForwardEngine
 from fastadvisor.models import Layer, SplitClassifier
+from fastadvisor.runtime.execution import Execution
 
 POOLED = 64
 """Values a layer's gradient is pooled to."""
@@ -64,19 +65,22 @@ class LearnedLayers:
     decisions: Tensor | None = None
     """r of this meta step, with its graph to the samplers."""
 
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.SGD(self.samplers.parameters(), lr=self.lr)
+
     def choose(self, pooled: Tensor) -> list[bool]:
         """Decide on this meta step's layers. Reads L numbers from the device."""
         self.decisions = self.samplers(pooled)
         return [bool(value) for value in self.decisions.tolist()]
 
-    def learn(self, effects: Tensor) -> None:
+    def learn(self, effects: Tensor, execution: Execution) -> None:
         """Take a step of SGD; ``effects`` (L,) are the derivatives of the first and last term for r, 0 where unknown."""
         assert self.decisions is not None
         loss = (self.decisions * effects).sum() + self.budget_weight * (self.decisions.sum() - self.budget) ** 2
         parameters = list(self.samplers.parameters())
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.sub_(self.lr * gradient)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        execution.step(self.optimizer)
         self.decisions = None
 
 
@@ -104,11 +108,12 @@ class LayerwiseEngine(Engine):
 
     def plan(self) -> Plan:
         """Choose the layers, and ask for the activation under the lowest."""
-        if self.learned is None:
-            chosen = set(torch.randperm(len(self.layers))[: self.budget].tolist())
-            self.active = [index in chosen for index in range(len(self.layers))]
-        else:
-            self.active = self.learned.choose(self._training_gradients()[0])
+        with self.forward.execution.ranks.common_randomness():
+            if self.learned is None:
+                chosen = set(torch.randperm(len(self.layers))[: self.budget].tolist())
+                self.active = [index in chosen for index in range(len(self.layers))]
+            else:
+                self.active = self.learned.choose(self._training_gradients()[0])
         if not any(self.active):
             self.active[-1] = True  # without any there would be no way to the features
         self.forward.cut = self.layers[self.active.index(True)].cut
@@ -123,29 +128,29 @@ class LayerwiseEngine(Engine):
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta(w') and its gradient through the active layers; the samplers learn from it."""
-        loss, weights = self.forward.meta_loss(problem.model, virtual, meta)
-        pull = self._pull(loss, weights) if self.learned is not None and self.learned.matching_weight else None
-        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
-        gradient = dict(zip(weights, gradients, strict=True))
-        if self.learned is not None and self.learned.decisions is not None:
-            self.learned.learn(self._effects(gradient, pull, virtual))
+        learned = self.learned
+        if learned is None or learned.decisions is None:
+            return self.forward.meta_gradient(problem, virtual, meta)
+        values, weights = self.forward.weights_at(problem.model, virtual)
+        loss = self.forward.meta_loss(problem.model, values, meta)
+        pull = self._pull(learned.matching_weight, loss, weights) if learned.matching_weight else None
+        gradient = dict(zip(weights, self._gradients(loss, list(weights.values())), strict=True))
+        learned.learn(self._effects(gradient, pull, virtual), self.forward.execution)
         return MetaGradient(loss.detach(), self.forward.to_advisor(problem, gradient))
 
-    def _pull(self, loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    def _gradients(self, loss: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
+        return self.forward.execution.gradients([loss], lambda loss: loss, inputs, **options)
+
+    def _pull(self, matching_weight: float, loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return λ2 times the gradient of the matching loss: a backward through the head's gradient."""
-        assert self.learned is not None
         head, _ = self.model.head_parameter_names()
         _, of_training = self._training_gradients()
         (of_meta,) = torch.autograd.grad(loss, weights[head], create_graph=True)
-        mismatch = (pooled(of_training) - pooled(of_meta)).square().sum()
-        pull = torch.autograd.grad(
-            self.learned.matching_weight * mismatch,
-            list(weights.values()),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return dict(zip(weights, pull, strict=True))
+        (of_all,) = self.forward.execution.ranks.average([of_meta])
+        mismatch = pooled(of_training) - pooled(of_all.detach())
+        # 2 ⟨mismatch, −∂⟩ is the square's derivative, and linear in what each rank adds to the mean.
+        matching = -2 * matching_weight * (mismatch * pooled(of_meta)).sum()
+        return dict(zip(weights, self._gradients(matching, list(weights.values()), retain_graph=True), strict=True))
 
     def _effects(self, gradient: dict[str, Tensor], pull: dict[str, Tensor] | None, virtual: dict[str, Tensor]) -> Tensor:
         """Return (L,) ⟨g_l + λ2 …, w'_l − w_l⟩, the derivative for r_l; 0 for inactive layers, whose g_l nobody computes."""

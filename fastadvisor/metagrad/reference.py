@@ -7,15 +7,16 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, Precision
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
 from fastadvisor.models import Cut
+from fastadvisor.runtime.execution import Execution
 
 
 @dataclass
 class ReferenceEngine(Engine):
     """∇θ Lmeta(w − α ∇w L(w; θ)), literally."""
 
-    precision: Precision
+    execution: Execution
     cut: Cut | None = None
 
     def describe(self) -> str:
@@ -30,7 +31,7 @@ class ReferenceEngine(Engine):
         """Return w' with its graph to the advisor's parameters."""
         model, shared = problem.model, problem.shared
         parameters = model.part_parameters(self.cut)
-        with self.precision():
+        with self.execution():
             loss = problem.method.loss(shared.features, shared.batch.labels, model.head, problem.advice)
         gradients = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
@@ -39,7 +40,7 @@ class ReferenceEngine(Engine):
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, torch.Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta(w') and its gradient, through the second-order graph of ``virtual``."""
-        with problem.model.frozen_statistics(), self.precision():
+        with problem.model.frozen_statistics(), self.execution():
             logits = functional_call(problem.model, virtual, (meta.images,))
         loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
         gradients = torch.autograd.grad(

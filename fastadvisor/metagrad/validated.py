@@ -13,6 +13,7 @@ import torch
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
 from fastadvisor.runtime.random_state import RandomState
+from fastadvisor.runtime.ranks import ALONE, Ranks
 
 
 class Check(NamedTuple):
@@ -38,6 +39,8 @@ class ValidatedEngine(Engine):
     """Cosine under which the approximation is not used."""
     say: Callable[[str], None] = print
     """Where the warning goes."""
+    ranks: Ranks = ALONE
+    """Who decides together."""
     meta_steps: int = 0
     falling_back: bool = False
     warned: bool = False
@@ -99,7 +102,9 @@ class ValidatedEngine(Engine):
 
     def _judge(self, approximate: MetaGradient, exact: MetaGradient) -> None:
         a, e = (torch.cat([part.flatten() for part in result.gradients]) for result in (approximate, exact))
-        norms = torch.stack([a.norm(), e.norm(), a @ e]).tolist()
+        # Averaged, so that all ranks decide on the same numbers, whatever a gradient of their own samples (L2RW's) says.
+        (numbers,) = self.ranks.average([torch.stack([a.norm(), e.norm(), a @ e])])
+        norms = numbers.tolist()
         # Two gradients of zero agree; one of zero has no direction.
         cosine = norms[2] / (norms[0] * norms[1]) if norms[0] and norms[1] else float(norms[0] == norms[1])
         self.checks.append(Check(cosine, norms[0] / norms[1] if norms[1] else float(norms[0] == norms[1])))

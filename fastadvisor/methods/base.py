@@ -3,7 +3,7 @@
 Shapes: B samples, D features, C classes; ``f`` features, ``u`` mask and ``v`` equalisation before the sigmoid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -67,6 +67,8 @@ class Method:
         self.features = features
         self.classes = classes
         self.advisor: nn.Module | None = None
+        self.batch_mean: Callable[[Tensor], Tensor] = Tensor.mean
+        """(B,) to the mean over the whole batch, of which there may be other parts elsewhere; differentiable."""
 
     @property
     def learns(self) -> bool:
@@ -77,12 +79,14 @@ class Method:
         """Return θ; valid from :meth:`advise` on."""
         return [] if self.advisor is None else list(self.advisor.parameters())
 
-    def learn(self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        """Meta-Train: move θ by ∇θ Lmeta, given in the order of :meth:`meta_parameters`."""
-        assert optimizer is not None
+    def meta_parameter_names(self) -> list[str]:
+        """Return what messages call them, in the same order."""
+        return [] if self.advisor is None else [name for name, _ in self.advisor.named_parameters()]
+
+    def learn(self, gradients: Sequence[Tensor]) -> None:
+        """Meta-Train: take ∇θ Lmeta, given in the order of :meth:`meta_parameters`, for the advisor's optimizer to step by."""
         for parameter, gradient in zip(self.meta_parameters(), gradients, strict=True):
             parameter.grad = gradient
-        optimizer.step()
 
     def phases(self) -> list[Phase]:
         """Return the parts of the run, whose shares sum to 1."""

@@ -44,9 +44,13 @@ class L2RW(Method):
             self._weight_B = torch.zeros_like(loss_B, requires_grad=True)
         return Advice(weight=self._weight_B)
 
-    def learn(self, gradients: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    def meta_parameter_names(self) -> list[str]:
+        """Return the one name."""
+        return ["the sample weights"]
+
+    def learn(self, gradients: Sequence[Tensor]) -> None:
         """Meta-Train: take the weights from ∂Lmeta/∂ε (B,); all 0 where no sample would help (their paper, eq. 8 and 9)."""
         useful_B = (-gradients[0]).clamp_min(0)
-        total = useful_B.sum()
-        # The loss takes a mean: weights that sum to B there are weights that sum to 1 in a sum.
-        self._weight_B = len(useful_B) * useful_B / torch.where(total > 0, total, torch.ones_like(total))
+        mean = self.batch_mean(useful_B)
+        # The loss takes a mean: weights whose mean is 1 there are weights that sum to 1 in a sum.
+        self._weight_B = useful_B / torch.where(mean > 0, mean, torch.ones_like(mean))

@@ -25,6 +25,6 @@ class MWNet(Method):
         assert self.advisor is not None
         weight_B = self.advisor(loss_B[:, None]).squeeze(1)
         if self.config.weight_normalization == "sum":
-            # The loss takes a mean: weights that sum to B there are weights that sum to 1 in a sum.
-            weight_B = weight_B * len(weight_B) / weight_B.sum().clamp_min(1e-8)
+            # The loss takes a mean: weights whose mean is 1 there are weights that sum to 1 in a sum.
+            weight_B = weight_B / self.batch_mean(weight_B).clamp_min(1e-8)
         return Advice(weight=weight_B)

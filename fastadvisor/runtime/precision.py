@@ -1,17 +1,28 @@
 """Which device, in which precision, by which kernels."""
 
+from typing import Literal
+
 import torch
 
 from fastadvisor.errors import UserError
 from fastadvisor_kernels.dispatch import by_triton
 
 
-def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """Return the mixed-precision context of ``--amp``: bfloat16 on any device, nothing when not ``enabled``.
+def amp_dtype(choice: Literal["auto", "bfloat16", "float16"], device: torch.device) -> torch.dtype:
+    """Return the type that ``--amp`` computes in: bfloat16, which has float32's range, unless the GPU would emulate it.
 
-    bfloat16 has float32's range, so no loss is scaled and nothing has to be undone after an overflow.
+    Raises:
+        UserError: bfloat16 is asked for and the GPU lacks it.
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if choice == "bfloat16" and not has_bfloat16:
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16; use --amp-dtype float16 or auto.")
+    return torch.bfloat16 if has_bfloat16 and choice != "float16" else torch.float16
+
+
+def use_tf32(enabled: bool) -> None:
+    """Let float32 matrix products, or none, run in TF32 on GPUs that have it. Convolutions do as torch is set to: in TF32."""
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
 
 
 def pick_device(name: str) -> torch.device:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +12,11 @@ from fastadvisor.data.types import Batch
 from fastadvisor.methods import Method, build_method
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet
+from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step
 
 CLASSES, SIZE = 5, 12
-plain = nullcontext
+plain = Execution()
 
 
 def small(*middle):

@@ -11,7 +11,7 @@ from fastadvisor.methods import Advice
 from fastadvisor.methods.l2rw import L2RW
 from fastadvisor.methods.mfrw_mes import MFRWMES
 from fastadvisor.models import cut_at
-from fastadvisor.runtime.precision import autocast
+from fastadvisor.runtime.execution import Execution
 from tests.metagrad.problem import CLASSES, NETWORKS, SIZE, flat, plain, problem, relative
 
 NETWORKS_OF_ADVISORS = ["mfrw", "mes", "mfrw-mes", "mw-net"]
@@ -202,7 +202,7 @@ def test_no_operation_of_the_kernels_package_sees_a_dual_number(monkeypatch):
 def test_bfloat16_autocast_keeps_the_direction(method, network, attached):
     task = problem(method, network, dtype=torch.float32)
     exact = task.gradient(ForwardEngine(plain), attached=attached)
-    mixed = task.gradient(ForwardEngine(lambda: autocast(torch.device("cpu"), True)), attached=attached)
+    mixed = task.gradient(ForwardEngine(Execution(dtype=torch.bfloat16)), attached=attached)
     assert all(g.dtype == torch.float32 for g in mixed.gradients)
     assert cosine_similarity(flat(mixed.gradients), flat(exact.gradients), dim=0) >= 0.98
 

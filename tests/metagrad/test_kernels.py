@@ -1,12 +1,10 @@
 """The engines with Triton's kernels in them: interpreted on the CPU, on the device where there is one."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
-from fastadvisor.runtime.precision import autocast
+from fastadvisor.runtime.execution import Execution
 from fastadvisor_kernels import Bernoulli, backend
 from tests.kernels.cases import DEVICE
 from tests.metagrad.problem import Problem, flat, plain, problem, relative
@@ -52,8 +50,8 @@ def test_kernels_and_plain_torch_give_one_meta_gradient(amp):
     gradients = {}
     for name in ("triton", "reference"):
         task = on_device(problem("mfrw-mes", dtype=torch.float32, beta_draw="expected"))
-        precision = (lambda: autocast(torch.device(DEVICE), True)) if amp else nullcontext
+        execution = Execution(torch.device(DEVICE), torch.bfloat16 if amp else None)
         with backend(name):
-            gradients[name] = flat(task.gradient(ForwardEngine(precision)).gradients)
+            gradients[name] = flat(task.gradient(ForwardEngine(execution)).gradients)
     error = (gradients["triton"] - gradients["reference"]).norm() / gradients["reference"].norm()
     assert error <= (1e-2 if amp else 1e-4)

@@ -10,7 +10,7 @@ import torch
 
 from fastadvisor.errors import UserError
 from fastadvisor.runtime import environment, logger
-from fastadvisor.runtime.precision import autocast, pick_device
+from fastadvisor.runtime.precision import pick_device
 
 
 def part(name):
@@ -96,13 +96,6 @@ def test_pick_device(monkeypatch):
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda")
-
-
-@pytest.mark.parametrize(("enabled", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_autocast(enabled, dtype):
-    x = torch.ones(2, 2)
-    with autocast(torch.device("cpu"), enabled):
-        assert (x @ x).dtype is dtype
 
 
 def test_tensorboard_writes_events(tmp_path):

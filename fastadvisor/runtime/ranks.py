@@ -1,0 +1,242 @@
+"""Several processes, one model: who this process is, and averages over all of them (torch.distributed, started by torchrun).
+
+Every rank holds the whole model and the whole advisor and sees its part of each batch; gradients are averaged, so all ranks
+take the same step. A process that torchrun did not start is rank 0 of 1, and nothing here costs it anything.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fastadvisor.errors import UserError
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients that travel together: DistributedDataParallel's default, small enough to overlap, large enough to fill a link."""
+
+TIMEOUT = timedelta(minutes=30)
+"""A rank that does not come to a collective: reading a large data set for the first time takes minutes on one of them."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as seen by one of them."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    """Number of this process on its machine, and of its GPU."""
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Join the processes torchrun started; ``ALONE`` if it started none.
+
+        Raises:
+            UserError: the others cannot be reached.
+        """
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return ALONE
+        ranks = cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+        if ranks.count == 1:
+            return ALONE
+        if torch.cuda.is_available():
+            if ranks.local >= torch.cuda.device_count():
+                raise UserError(
+                    f"torchrun started {ranks.local + 1} or more processes on a machine with {torch.cuda.device_count()} GPUs: "
+                    "lower --nproc-per-node."
+                )
+            torch.cuda.set_device(ranks.local)
+        if not dist.is_initialized():
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+            except (RuntimeError, ValueError, dist.DistError) as error:
+                reason = " ".join(str(error).split())[:150]
+                raise UserError(f"The other processes cannot be reached ({reason}); start them with torchrun.") from None
+        return ranks
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and speaks for all."""
+        return self.rank == 0
+
+    def part(self, whole: int) -> slice:
+        """Return this rank's rows of a batch of ``whole``, which all ranks share evenly."""
+        each = whole // self.count
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def gradients(
+        self, loss: Tensor, inputs: Sequence[Tensor], plus: Sequence[Tensor | None] | None = None, **options: Any
+    ) -> tuple[Tensor | None, ...]:
+        """``torch.autograd.grad(loss, inputs, **options)``, averaged over the ranks while the backward pass is under way.
+
+        Args:
+            loss: a scalar, the mean over this rank's samples.
+            inputs: the same on all ranks; tensors that the loss does not reach must be the same ones, too.
+            plus: added to the gradients before they are averaged, such as those of earlier micro-batches.
+            options: of ``torch.autograd.grad``.
+        """
+        if self.count == 1:
+            found = torch.autograd.grad(loss, inputs, **options)
+            return found if plus is None else tuple(map(added, found, plus))
+        buckets = _Buckets(inputs, self.count, plus)
+        handles = [
+            tensor.register_hook(lambda gradient, at=at: buckets.ready(at, gradient)) for at, tensor in enumerate(inputs)
+        ]
+        try:
+            found = torch.autograd.grad(loss, inputs, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return buckets.finish(found)
+
+    def average(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the means over the ranks of ``tensors``, of the same shapes and one dtype on all of them; in one go."""
+        if self.count == 1 or not tensors:
+            return tuple(tensors)
+        flat = _flatten_dense_tensors([tensor.detach() for tensor in tensors]).div_(self.count)
+        dist.all_reduce(flat)
+        return tuple(_unflatten_dense_tensors(flat, tensors))
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks, differentiable backwards and forwards."""
+        return tensor if self.count == 1 else _Total.apply(tensor)
+
+    def any(self, flag: Tensor) -> Tensor:
+        """Return whether ``flag``, a boolean scalar, is true on any rank."""
+        if self.count == 1:
+            return flag
+        number = flag.to(torch.int32)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.bool()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every rank handed in, in order, on rank 0; an empty list elsewhere."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.count if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's ``value`` on all ranks."""
+        if self.count == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def align(self, module: torch.nn.Module) -> None:
+        """Give all ranks rank 0's parameters and buffers."""
+        if self.count > 1:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+
+    @contextmanager
+    def common_randomness(self) -> Iterator[None]:
+        """Draw the same numbers from torch's CPU and CUDA generators on all ranks; alone, the block draws as it would."""
+        if self.count == 1:
+            yield
+            return
+        seed = torch.randint(2**31, (1,))
+        dist.broadcast(seed, 0)
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            torch.manual_seed(int(seed))
+            yield
+
+    def close(self) -> None:
+        """Leave the others."""
+        if self.count > 1 and dist.is_initialized():
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+ALONE = Ranks()
+
+
+def added(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, of which either may be missing."""
+    return more if gradient is None else gradient if more is None else gradient + more
+
+
+class _Total(torch.autograd.Function):
+    """Sum over the ranks; its derivative is the same sum, in either direction."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Total.apply(gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _Total.apply(tangent)
+
+
+class _Buckets:
+    """Gradients on their way to the other ranks, in buckets that leave as soon as the backward pass has filled them.
+
+    The last parameters come first, as their gradients do. Buckets leave in the same order on every rank, whichever fills first.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], count: int, plus: Sequence[Tensor | None] | None) -> None:
+        self.count, self.plus = count, plus
+        self.gradients: list[Tensor | None] = [None] * len(inputs)
+        self.members: list[list[int]] = []
+        self.bucket_of = [0] * len(inputs)
+        size, dtype = 0, None
+        for at in reversed(range(len(inputs))):
+            tensor = inputs[at]
+            if not self.members or size >= BUCKET_BYTES or tensor.dtype != dtype:
+                self.members.append([])
+                size, dtype = 0, tensor.dtype
+            self.members[-1].append(at)
+            self.bucket_of[at] = len(self.members) - 1
+            size += tensor.numel() * tensor.element_size()
+        self.missing = [len(members) for members in self.members]
+        self.inputs = inputs
+        self.flying: list[tuple[Tensor, Any]] = []
+
+    def ready(self, at: int, gradient: Tensor) -> None:
+        """Take the gradient of input ``at``, and send what is complete."""
+        self.gradients[at] = gradient.detach()
+        self.missing[self.bucket_of[at]] -= 1
+        while len(self.flying) < len(self.members) and not self.missing[len(self.flying)]:
+            self._send()
+
+    def finish(self, found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Send the rest and return the means; None where no rank has a gradient."""
+        self.gradients = list(found)
+        while len(self.flying) < len(self.members):
+            self._send()
+        means: list[Tensor | None] = [None] * len(self.inputs)
+        for members, (flat, work) in zip(self.members, self.flying, strict=True):
+            work.wait()
+            for at, mean in zip(members, _unflatten_dense_tensors(flat, [self.inputs[at] for at in members]), strict=True):
+                means[at] = None if self._of(at) is None else mean
+        return tuple(means)
+
+    def _of(self, at: int) -> Tensor | None:
+        return self.gradients[at] if self.plus is None else added(self.gradients[at], self.plus[at])
+
+    def _send(self) -> None:
+        members = self.members[len(self.flying)]
+        parts = [self._of(at) for at in members]
+        whole = [torch.zeros_like(self.inputs[at]) if part is None else part for at, part in zip(members, parts, strict=True)]
+        flat = _flatten_dense_tensors(whole).div_(self.count)
+        self.flying.append((flat, dist.all_reduce(flat, async_op=True)))
