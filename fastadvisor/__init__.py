@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from fastadvisor.config import Config
     from fastadvisor.errors import UserError
     from fastadvisor.evaluation import evaluate_run as evaluate
-    from fastadvisor.trainer import TrainResult, train
+    from fastadvisor.launch import train
+    from fastadvisor.trainer import TrainResult
 
 __all__ = ["Config", "TrainResult", "UserError", "__version__", "compare", "evaluate", "train"]
 
@@ -19,7 +20,7 @@ _HOMES = {
     "UserError": ("fastadvisor.errors", "UserError"),
     "compare": ("fastadvisor.comparison", "compare"),
     "evaluate": ("fastadvisor.evaluation", "evaluate_run"),
-    "train": ("fastadvisor.trainer", "train"),
+    "train": ("fastadvisor.launch", "train"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastadvisor train | compare | evaluate | data check | recipes | env``.
+"""The command line: ``fastadvisor train | compare | evaluate | export | replay | data check | recipes | env``.
 
 Flags are the fields of ``config.Config``. Whatever a user can put right ends as one sentence on stderr, exit status 2.
 Heavy modules (torch) are imported by the command that needs them: ``--help`` and a mistyped flag answer at once.
@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from fastadvisor import config, recipes
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import Interrupted, UserError, nearest
 from fastadvisor.version import __version__
 
 C = TypeVar("C", bound=config.Config)
@@ -35,6 +35,7 @@ commands:
   train      train one classifier; without flags on the data set that comes along (under a minute on two CPU cores)
   compare    train with several methods and seeds, and print a table
   evaluate   test a finished run again
+  replay     find where values that are not finite began, after a run that stopped for them
   data check count, open and compare all images of a data set: classes, broken files, duplicates, overlap
   recipes    list the settings that come along, for --config
   env        print versions, the device, and which optional parts are active
@@ -69,14 +70,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dispatch(args)
     except UserError as error:
         # A file's name may hold line breaks.
-        print(f"fastadvisor: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        say(f"fastadvisor: error: {' '.join(str(error).splitlines())}")
         return 2
+    except Interrupted as stop:
+        say(f"fastadvisor: {stop}")
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print("fastadvisor: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `fastadvisor recipes | head`: the reader has left, and the interpreter would flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        say("fastadvisor: another process of this run has ended, and so does this one; its message tells why.")
+        return 1
+
+
+def say(message: str) -> None:
+    """Print ``message`` to stderr; of several ranks with the same message one does."""
+    if "WORLD_SIZE" in os.environ:
+        from fastadvisor.runtime.ranks import speaks
+
+        if not speaks(message):
+            return
+    print(message, file=sys.stderr, flush=True)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether ``error`` only says that another rank is gone."""
+    if "WORLD_SIZE" not in os.environ:
+        return False
+    from fastadvisor.runtime.ranks import is_lost
+
+    return is_lost(error)
 
 
 def dispatch(args: list[str]) -> int:
@@ -85,6 +113,7 @@ def dispatch(args: list[str]) -> int:
         "train": run_train,
         "compare": run_compare,
         "evaluate": run_evaluate,
+        "replay": run_replay,
         "data": run_data,
         "recipes": run_recipes,
         "env": run_env,
@@ -108,7 +137,7 @@ def dispatch(args: list[str]) -> int:
 def run_train(args: list[str]) -> None:
     """``fastadvisor train``."""
     settings = parse_config(config.Config, "train", "Train one classifier.", args)
-    from fastadvisor.trainer import train_config
+    from fastadvisor.launch import train_config
 
     train_config(settings)
 
@@ -134,6 +163,26 @@ def run_evaluate(args: list[str]) -> None:
 
     result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
     print(json.dumps(result, indent=2) if flags.json else table(result_rows(result)))
+
+
+def run_replay(args: list[str]) -> None:
+    """``fastadvisor replay``."""
+    parser = Parser("fastadvisor replay", "Take the step again at which a run met values that are not finite.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    flags = parser.parse_all(args)
+    from fastadvisor.replay import replay
+
+    result = replay(flags.run, device=flags.device)
+    if flags.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(table((name, f"{peak:.4g}") for name, peak in result["peaks"]))
+    again = "the same" if result["found"] == result["said"] else result["found"] or "everything is finite here"
+    print(f"Iteration {result['iteration']} (epoch {result['epoch']}): the run met {result['said']}; now: {again}.")
+    if result["first"] is not None:
+        print(f"The first output that is not finite is that of {result['first']}.")
 
 
 def run_data(args: list[str]) -> None:

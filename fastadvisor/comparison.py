@@ -1,6 +1,7 @@
 """Several methods and seeds in one go, side by side."""
 
 import json
+import os
 import statistics
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -9,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastadvisor.config import CompareConfig, Config, resolve, to_dict
-from fastadvisor.data import load_source, stage
-from fastadvisor.errors import UserError
-from fastadvisor.metagrad import check_meta
-from fastadvisor.methods import METHODS, check_method
-from fastadvisor.models import check_model
+from fastadvisor.data import Source, load_source, stage
+from fastadvisor.errors import Interrupted, UserError
+from fastadvisor.launch import check_config, train_config
+from fastadvisor.methods import check_method
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import RunFolder, write_text
-from fastadvisor.trainer import train_config
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "last": lambda summary: summary["test_top1"]["last"],
@@ -52,10 +51,13 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
     methods = [name.strip() for name in config.methods.split(",") if name.strip()]
     if not methods:
         raise UserError("--methods names none; give some, as in --methods ce,meta-only,mfrw-mes.")
+    if config.dry_run:
+        raise UserError("--dry-run tries out one run: use it with fastadvisor train.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("fastadvisor compare trains in one process: start it without torchrun, or use fastadvisor train.")
     for name in methods:
         check_method(name)
-        check_meta(config, METHODS[name], amp=config.amp)
-    check_model(config.model)
+        check_config(replace(config, method=name))
     folder = _folder(config)
     source = stage(load_source(config), config, pick_device(config.device))  # decoded once for all runs
     rows = []
@@ -69,13 +71,22 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
                 RunFolder(run).check_settings(settings)
                 summaries.append(_read_summary(finished))
                 continue
-            summaries.append(train_config(settings, source).summary)
+            summaries.append(_summary(settings, source, folder))
         rows.append({"method": method, **_statistics(summaries), "runs": summaries})
         # After every method, so that a comparison that is cut off leaves what it has.
         result = {"config": to_dict(config), "rows": rows, "versions": environment()}
         write_text(folder / "compare.json", json.dumps(result, indent=2) + "\n")
     print(table(rows), f"\nRuns and compare.json are in {folder}.")
     return result
+
+
+def _summary(settings: Config, source: Source, folder: Path) -> dict[str, Any]:
+    try:
+        result = train_config(settings, source)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop} (the comparison: its own command, --output {folder} --resume)", stop.signal) from None
+    assert result is not None  # no dry run
+    return result.summary
 
 
 def _run_config(config: CompareConfig, method: str, seed: int, run: Path, resume: bool) -> Config:

@@ -90,9 +90,11 @@ class LoaderConfig:
     workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """torch: processes, dali: threads, of the training and of the meta loader each; none: the cores, at most 16."""
     batch_size: Count = 128
-    """Training images a step."""
+    """Training images a step, of all processes together."""
     meta_batch_size: Count | None = None
     """Meta images a step; none: as the training batch, at most the whole meta-set."""
+    accumulate: Count = 1
+    """Take each batch in so many micro-batches, one after the other: less memory, the same gradients (but for BatchNorm)."""
     crop: Literal["pad", "random", "resized"] = "pad"
     """Augmentation. pad: reflect-pad and crop back at random; random: bring the shorter side to --resize-size and crop at
     random; resized: crop a random area and aspect ratio (torchvision's RandomResizedCrop)."""
@@ -187,8 +189,10 @@ class MetaConfig:
 
 @dataclass
 class OptimizerConfig:
-    """SGD on the classifier, and its schedule."""
+    """The classifier's optimizer, and its schedule."""
 
+    optimizer: Literal["sgd", "nesterov", "adam", "adamw", "lars", "lamb", "apex-sgd", "apex-adam", "apex-lamb"] = "sgd"
+    """Of the classifier. lars, lamb: timm's, for large batches; apex-...: NVIDIA apex's fused ones, where it is installed."""
     epochs: Count = 200
     """Passes over the training set."""
     iterations: Count | None = None
@@ -196,15 +200,23 @@ class OptimizerConfig:
     lr: Positive = 0.1
     """Learning rate at the start."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """SGD momentum."""
+    """Momentum of sgd, nesterov and lars; beta1 of the others stays 0.9."""
     weight_decay: NonNegative = 5e-4
-    """SGD weight decay."""
+    """Weight decay."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """Learning-rate schedule."""
     milestones: tuple[Fraction, ...] = (0.8, 0.9)
     """step: where the rate drops, as fractions of the run, so that a shorter run keeps its shape."""
     lr_decay: Fraction = 0.1
     """step: factor at each milestone."""
+    warmup_epochs: NonNegative = 0.0
+    """Linear warm-up at the start of each phase, in epochs; may be a fraction."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Layer-wise learning rates: factor from each layer to the one below it (head at --lr)."""
+    clip_grad_norm: Positive | None = None
+    """Cut the actual gradient to this norm; none: leave it."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Test, and leave as model.pt, an exponential moving average of the weights, as 0.9998; none: the weights themselves."""
 
 
 @dataclass
@@ -225,6 +237,21 @@ class RunConfig:
     """Run folder; none: a new one under runs/."""
     resume: bool = False
     """Continue the run in --output from its last.pt."""
+    save_minutes: NonNegative = 10.0
+    """Save so often within an epoch, too; 0: only at the end of each."""
+    save_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Save every so many iterations as well; 0: no such rule."""
+    keep: Count = 1
+    """Checkpoints to keep, newest first; more than one: as iteration-<number>.pt beside last.pt."""
+    nan_policy: Literal["stop", "skip", "ignore"] = "stop"
+    """Values that are not finite. stop: end the run, and save replay.pt; skip: leave that step out and count it; ignore: look
+    at the end of each epoch only, which spares waiting for the device twice a step."""
+    deterministic: bool = False
+    """Only operations that give the same numbers every time, on a GPU too; slower there."""
+    dry_run: bool = False
+    """Check everything, time ten iterations, write nothing."""
+    sync_bn: bool = False
+    """Several processes: batch normalisation over all their images, instead of each over its own."""
     keep_memory: bool = True
     """CPU: keep freed memory in the process instead of returning it to the system at every step (glibc)."""
     eval_batch_size: Count = 500

@@ -11,6 +11,21 @@ class UserError(Exception):
     """
 
 
+class OutOfMemoryError(UserError):
+    """The device's memory, or the machine's, is not enough."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and has saved: says how to continue it.
+
+    The command line exits with 128 plus ``signal``, as a shell reports a process that a signal ended.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 def cannot_write(path: object, error: OSError) -> UserError:
     """Return what to raise where a file of a run cannot be written, such as on a full disk."""
     return UserError(f"{path} cannot be written ({error.strerror}); free some space or choose another --output.")

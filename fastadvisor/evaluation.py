@@ -19,6 +19,7 @@ from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime import memory
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, pick_device
+from fastadvisor.runtime.ranks import ALONE, Ranks
 
 MANY, FEW = 100, 20
 """Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""
@@ -38,18 +39,25 @@ class Accuracy:
 
 
 def accuracy(
-    model: nn.Module, test: Iterable[Batch], data: TrainingData, *, precision: Callable[[], AbstractContextManager[None]]
+    model: nn.Module,
+    test: Iterable[Batch],
+    data: TrainingData,
+    *,
+    precision: Callable[[], AbstractContextManager[None]],
+    ranks: Ranks = ALONE,
 ) -> Accuracy:
     """Test ``model`` in evaluation mode, and leave it in the mode it was in.
 
     Args:
         model: (B, 3, H, W) → (B, C).
-        test: the test images in batches, each once, on the model's device.
+        test: this rank's test images in batches, each once, on the model's device.
         data: for the classes and their training images.
         precision: makes the autocast context.
+        ranks: who share the test images; all of them get the accuracy on all images.
     """
     classes = len(data.classes)
-    firsts, fives, labels = [], [], []
+    # Images, hits and hits among five by class, counted on the device: whole numbers, so the ranks' sums are exact.
+    counts = torch.zeros(3, classes, dtype=torch.int64, device=data.labels.device)
     training = model.training
     model.eval()
     with torch.inference_mode():
@@ -58,16 +66,14 @@ def accuracy(
                 logits = model(batch.images)
             best = logits.float().topk(min(5, classes), dim=1).indices
             hit = best == batch.labels[:, None]
-            firsts.append(hit[:, 0])
-            fives.append(hit.any(dim=1))
-            labels.append(batch.labels)
+            of_batch = torch.stack([torch.ones_like(batch.labels), hit[:, 0].long(), hit.any(dim=1).long()])
+            counts = counts.to(batch.labels.device).scatter_add(1, batch.labels.expand(3, -1), of_batch)
     model.train(training)
-    seen, hits1, hits5 = torch.cat(labels).cpu(), torch.cat(firsts).double().cpu(), torch.cat(fives).double().cpu()
-    totals = torch.bincount(seen, minlength=classes)
-    hits = torch.bincount(seen, weights=hits1, minlength=classes)
-    per_class = [100 * float(hit) / int(total) if total else None for hit, total in zip(hits, totals, strict=True)]
+    total, first, five = ranks.total(counts.clone()).tolist()
+    per_class = [100 * hits / images if images else None for hits, images in zip(first, total, strict=True)]
     groups = many_medium_few(per_class, data.class_counts())
-    return Accuracy(100 * float(hits1.mean()), 100 * float(hits5.mean()), per_class, groups)
+    images = sum(total)
+    return Accuracy(100 * sum(first) / images, 100 * sum(five) / images, per_class, groups)
 
 
 def many_medium_few(per_class: list[float | None], counts: Tensor) -> dict[str, float | None]:

@@ -52,13 +52,14 @@ def _mean_cosine(history: list[dict[str, Any]]) -> float | None:
     return sum(cosines) / len(cosines) if cosines else None
 
 
-def headline(config: Config, data: TrainingData, device: torch.device, folder: Path) -> str:
+def headline(config: Config, data: TrainingData, device: torch.device, folder: Path | str, ranks: int = 1) -> str:
     """Say what is about to be trained, on what, and where the results go."""
     origin = "held out of the training images, their labels taken as right" if data.meta_held_out else "a set of its own"
+    shared = "" if ranks == 1 else f", {ranks} processes with {config.batch_size // ranks} images each"
     return (
         f"{config.method} with {config.model} on {data.name}: {len(data.train_ids):,} training images in "
         f"{len(data.classes)} classes ({100 * data.noise_rate():.1f} % of labels changed by us), "
-        f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test):,} test images; {device}; run folder {folder}"
+        f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test):,} test images; {device}{shared}; run folder {folder}"
     )
 
 

@@ -7,18 +7,20 @@ from fastadvisor.config import OptimizerConfig
 from fastadvisor.methods import Phase
 
 
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
+def learning_rate(config: OptimizerConfig, step: int, total: int, warmup: int = 0) -> float:
     """Return the rate of 0-based ``step`` out of ``total``.
 
-    step: ``lr``, times ``lr_decay`` at each milestone; cosine: from ``lr`` to 0, by the step; constant: ``lr``.
+    step: ``lr``, times ``lr_decay`` at each milestone; cosine: from ``lr`` to 0, by the step; constant: ``lr``. In the first
+    ``warmup`` steps the rate rises in equal steps from 1/warmup of that.
     """
+    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
+        return factor * config.lr * 0.5 * (1 + math.cos(math.pi * step / total))
     if config.schedule == "step":
         # Rounded, so that 0.8 of 200 epochs falls on the first step of epoch 160 and not one beside it.
         passed = sum(step >= round(milestone * total) for milestone in config.milestones)
-        return config.lr * config.lr_decay**passed
-    return config.lr
+        return factor * config.lr * config.lr_decay**passed
+    return factor * config.lr
 
 
 @dataclass

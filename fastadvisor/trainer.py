@@ -1,5 +1,6 @@
 """A run: data, model, method and iteration put together, epochs, schedule, logging, checkpoints. No numerics here."""
 
+import copy
 import math
 import time
 from contextlib import closing
@@ -12,22 +13,33 @@ from torch import nn
 from tqdm import tqdm
 
 from fastadvisor import reporting
-from fastadvisor.config import Config, resolve
-from fastadvisor.data import Batch, Source, TrainingData, build_loaders, load_source, prepare, stage
-from fastadvisor.errors import UserError
+from fastadvisor.assembly import build_step
+from fastadvisor.config import Config, to_dict
+from fastadvisor.data import Batch, TrainingData, build_loaders
+from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.evaluation import Accuracy, accuracy
-from fastadvisor.metagrad import Engine, ForwardEngine, ValidatedEngine, build_engine, check_meta, meta_schedule
-from fastadvisor.methods import METHODS, build_method, check_method
-from fastadvisor.models import build_model, check_model
-from fastadvisor.runtime import allocator, checkpoint, memory
+from fastadvisor.metagrad import ValidatedEngine
+from fastadvisor.methods import build_method
+from fastadvisor.models import build_model
+from fastadvisor.models.sync_batch_norm import separate, synchronise
+from fastadvisor.optimizers import WeightAverage
+from fastadvisor.progress import Progress
+from fastadvisor.runtime import checkpoint, memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
 from fastadvisor.runtime.logger import TensorBoard
-from fastadvisor.runtime.precision import amp_dtype, check_kernels, pick_device, use_tf32
+from fastadvisor.runtime.precision import amp_dtype, use_tf32
+from fastadvisor.runtime.random_state import RandomState
+from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
-from fastadvisor.step import Step
+from fastadvisor.step import StepResult
+from fastadvisor.watch import Collapse, NonFiniteError
+
+RANK_STRIDE = 2**33
+"""Between the seeds of two ranks: beyond any seed of a run."""
 
 
 @dataclass
@@ -41,53 +53,16 @@ class TrainResult:
     """The trained classifier, the plain torchvision (or timm, or our) module, in evaluation mode."""
 
 
-def train(config: str | None = None, /, **settings: Any) -> TrainResult:
-    """Train a classifier; every setting of :class:`fastadvisor.Config` is a keyword.
-
-    Args:
-        config: a recipe's name or a YAML file that the keywords win over.
-        **settings: as ``method="mfrw-mes", noise="flip", noise_rate=0.4``.
-
-    Raises:
-        UserError: anything the caller can put right, before any work is lost.
-    """
-    return train_config(resolve(Config, config, **settings))
-
-
-def train_config(config: Config, source: Source | None = None) -> TrainResult:
-    """Train as ``config`` says; ``source`` spares reading the data set again."""
-    check_method(config.method)
-    check_model(config.model)
-    check_meta(config, METHODS[config.method], amp=config.amp)
-    device = pick_device(config.device)
-    check_kernels(device)
-    checkpoint.check_weights(config.weights)
-    if config.keep_memory and device.type == "cpu":
-        allocator.keep_freed_memory()
-    begun = RunFolder.open_for_resume(config.output, config) if config.resume else None
-    if begun is None:
-        RunFolder.check_free(config.output)
-    with memory.enough(device):
-        source = stage(load_source(config) if source is None else source, config, device)
-        with closing(Trainer(config, prepare(source, config, config.seed), device)) as trainer:
-            if begun is None:
-                return trainer.run(RunFolder.create(config.output, config, f"{config.dataset}-{config.method}"))
-            if begun.last.is_file():  # else the run was cut off in its first epoch
-                trainer.restore(begun.last)
-            begun.keep_metrics(trainer.epoch)
-            return trainer.run(begun)
-
-
 class Trainer:
     """One run. Everything that :meth:`restore` must bring back lives in an attribute that :meth:`state` names."""
 
-    def __init__(self, config: Config, data: TrainingData, device: torch.device) -> None:
-        self.loaders = build_loaders(config, data, device)
+    def __init__(self, config: Config, data: TrainingData, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.loaders = build_loaders(config, data, device, ranks.rank, ranks.count)
         if config.iterations is not None:
             config = replace(config, epochs=max(1, round(config.iterations / len(self.loaders.train))))
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
         use_tf32(config.tf32)
-        self.execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None)
+        self.execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None, ranks)
         self.data = data = self.loaders.data
         torch.manual_seed(config.seed)
         shape = (self.loaders.size, self.loaders.size)
@@ -95,28 +70,16 @@ class Trainer:
         if config.weights is not None:
             checkpoint.load_weights(self.model.model, config.weights)
         self.model.to(device)
+        if config.sync_bn and ranks.count > 1:
+            synchronise(self.model.model, ranks)
         self.method = build_method(config, self.model.head.in_features, len(data.classes))
+        self.method.batch_mean = lambda values: ranks.total(values.mean()) / ranks.count
         if self.method.advisor is not None:
             self.method.advisor.to(device)
-        schedule = meta_schedule(config, type(self.method))
-        self.step = Step(
-            self.model,
-            self.method,
-            torch.optim.SGD(
-                [p for p in self.model.parameters() if p.requires_grad],
-                lr=config.lr,
-                momentum=config.momentum,
-                weight_decay=config.weight_decay,
-            ),
-            self._advisor_optimizer(),
-            self._engine(shape),
-            self.execution,
-            virtual_with_optimizer=config.virtual_step == "optimizer",
-            attached=config.advisor_inputs == "attached",
-            interval=schedule.interval,
-            behind=schedule.behind,
-            lean=config.lean,
-        )
+            ranks.align(self.method.advisor)
+        ranks.align(self.model)
+        self.step = build_step(config, self.model, self.method, self.execution, shape)
+        self.average = None if config.ema_decay is None else WeightAverage(self.model.model, config.ema_decay)
         self.train_loader, self.meta_loader = self.loaders.train, self.loaders.meta
         self._check_batches_of_one(shape)
         if isinstance(self.step.engine, ValidatedEngine):
@@ -124,23 +87,15 @@ class Trainer:
         self.phases = divide(self.method.phases(), config.epochs)
         self.timer = StepTimer(device)
         self.epoch = 0
+        self.progress = Progress(device)
         self.history: list[dict[str, Any]] = []
+        self.collapse = Collapse()
+        self.interruption = Interruption()
+        self.clock = SaveClock(self.interruption, config.save_minutes, config.save_every, ranks)
+        self.folder: RunFolder | None = None
         self._bad_reported = 0
-
-    def _engine(self, shape: tuple[int, int]) -> Engine:
-        if not self.method.learns:
-            return ForwardEngine(self.execution)  # never asked
-        return build_engine(self.config, self.model, shape, self.execution)
-
-    def _advisor_optimizer(self) -> torch.optim.Optimizer | None:
-        if self.method.advisor is None:
-            return None
-        lr, decay = self.config.advisor_lr, self.config.advisor_weight_decay
-        return torch.optim.Adam(
-            self.method.advisor.parameters(),
-            lr=self.method.advisor_lr if lr is None else lr,
-            weight_decay=self.method.advisor_weight_decay if decay is None else decay,
-        )
+        if ranks.rank:  # what follows is drawn for this rank's images alone
+            torch.manual_seed(config.seed + RANK_STRIDE * ranks.rank)
 
     def _check_batches_of_one(self, shape: tuple[int, int]) -> None:
         """Find out before the first step, not in it, whether the model normalises over a single value."""
@@ -162,85 +117,168 @@ class Trainer:
             ) from None
 
     def run(self, folder: RunFolder) -> TrainResult:
-        """Train the epochs that are left and write the run folder."""
-        config = self.config
+        """Train the epochs that are left and write the run folder.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the run is saved.
+            UserError: the training went wrong in a way that the user can do something about.
+        """
+        config, first = self.config, self.ranks.first
+        self.folder = folder
         steps = len(self.train_loader)
         memory.reset_peak(self.device)
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
-        hidden = None if config.progress else True
-        print(reporting.headline(config, self.data, self.device, folder.path))
+        hidden = None if config.progress and first else True
+        events = folder.path if config.tensorboard and first else None
+        print(reporting.headline(config, self.data, self.device, folder.path, self.ranks.count))
         print(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
-        self.report_bad_images(folder)
+        self.report_bad_images()
+        done = self.epoch * steps + self.progress.step
         with (
-            closing(TensorBoard(folder.path if config.tensorboard else None, purge_step=self.epoch + 1)) as board,
-            tqdm(total=config.epochs * steps, initial=self.epoch * steps, unit="step", disable=hidden) as bar,
+            self.interruption.watched(self.ranks),
+            closing(TensorBoard(events, purge_step=self.epoch + 1)) as board,
+            tqdm(total=config.epochs * steps, initial=done, unit="step", disable=hidden) as bar,
         ):
             while self.epoch < config.epochs:
-                try:
-                    record = self._train_epoch(bar)
-                finally:  # too many bad images end the epoch, and the list of them is what the user needs
-                    self.report_bad_images(folder)
+                record = self._train_epoch(bar)
                 self.epoch += 1
                 self.history.append(record)
-                folder.append_metrics(record)
-                board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
-                self._save(folder)
+                if first:
+                    folder.append_metrics(record)
+                    board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
+                self._save(best=True)
                 bar.write(reporting.epoch_line(record, config.epochs))
-        summary = self.summary()
-        folder.write_summary(summary)
-        checkpoint.write(folder.model, self.model.model.state_dict())
-        print(f"Finished: {reporting.results(summary)}. Everything is in {folder.path}.")
-        return TrainResult(summary, folder.path, self.model.model.eval())
+            self.clock.settle()
+        return self._finish(folder)
 
-    def report_bad_images(self, folder: RunFolder) -> None:
+    def _finish(self, folder: RunFolder) -> TrainResult:
+        summary = self.summary()
+        model = self.tested_model()
+        separate(model)
+        if self.ranks.first:
+            folder.write_summary(summary)
+            checkpoint.write(folder.model, model.state_dict())
+        print(f"Finished: {reporting.results(summary)}. Everything is in {folder.path}.")
+        return TrainResult(summary, folder.path, model.eval())
+
+    def report_bad_images(self) -> None:
         """List the images that could not be read in the run folder, and say so once more when there are new ones."""
+        found = self.ranks.gather([part.reasons for part in self.loaders.bad])
+        for reasons in found[1:]:
+            for part, others in zip(self.loaders.bad, reasons, strict=True):
+                part.add(others)
         count = self.loaders.bad_count()
-        if count > self._bad_reported:
-            folder.write_bad_images(self.loaders.bad_table())
-            tqdm.write(f"{count:,} images cannot be read and are left out; {folder.bad_images} lists them.")
+        if self.folder is not None and self.ranks.first and count > self._bad_reported:
+            self.folder.write_bad_images(self.loaders.bad_table())
+            tqdm.write(f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them.")
             self._bad_reported = count
 
     def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
-        steps = len(self.train_loader)
+        try:
+            return self._iterations(bar)
+        except UserError:  # too many bad images end the epoch, and the list of them is what the user needs
+            if self.ranks.count == 1:
+                self.report_bad_images()
+            raise
+
+    def _iterations(self, bar: "tqdm[Any]") -> dict[str, Any]:
+        progress, steps = self.progress, len(self.train_loader)
         current = next(phase for phase in self.phases if phase.start <= self.epoch < phase.end)
         self.model.train()
-        losses, meta_losses = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.timer.start()
-        began, images, meta_steps, waited = time.perf_counter(), 0, 0, self._waited()
-        for index in range(steps):
+        began, waited = time.perf_counter() - progress.seconds, self._waited() - progress.waited
+        for index in range(progress.step, steps):
             self.set_lr(current, index)
-            train, meta = self._batches(current)
-            images += len(train.labels)
-            result = self.step(train, meta)
-            losses += result.loss
-            if result.meta_loss is not None:
-                meta_losses += result.meta_loss
-                meta_steps += 1
+            train, meta = self.batches(current)
+            progress.add(self._watched_step(train, meta), len(train.labels))
+            if self.average is not None:
+                self.average.update(self.model.model)
             self.timer.mark()
             self._show_check(bar)
             bar.update()
+            wish = self.clock.wish(self.step.iteration)
+            if wish is Wish.STOP or (wish is Wish.SAVE and index + 1 < steps):
+                progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
+                self._save()
+                if wish is Wish.STOP:
+                    raise self._interrupted()
         times = self.timer.collect()
-        seconds = time.perf_counter() - began
-        loss = float(losses) / steps
+        progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
+        loss, meta_loss = progress.means(self.ranks)
+        self._check_finite(loss)
+        advice = self.collapse.look(self.step.advice)
+        if (sentence := self.collapse.sentence(advice)) is not None:
+            tqdm.write(sentence)
+        tested = asdict(self.test())
+        self.report_bad_images()
+        self.progress = Progress(self.device)  # of the next epoch
+        return {
+            "epoch": self.epoch + 1,
+            "loss": loss,
+            "meta_loss": meta_loss,
+            **self._validation(),
+            **advice,
+            "lr": self.step.optimizer.param_groups[0]["lr"],
+            **{f"test_{key}": value for key, value in tested.items()},
+            "skipped_steps": 0 if self.step.watch is None else self.step.watch.skipped,
+            "images_per_second": self.ranks.count * progress.images / progress.seconds,
+            "waiting_share": progress.waited / progress.seconds,
+            "bad_images": self.loaders.bad_count(),
+            "step_ms_median": step_ms(times, self.step.interval),
+            "seconds": progress.seconds,
+        }
+
+    def _check_finite(self, loss: float) -> None:
         finite = bool(torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all())
         if not (finite and math.isfinite(loss)):  # the last step's damage shows in the weights only
             raise UserError(
                 f"Training diverged in epoch {self.epoch + 1} (loss {loss:.3g}, weights {'' if finite else 'not '}finite); "
                 "lower --lr or --advisor-lr."
             )
+
+    def _watched_step(self, train: Batch, meta: Batch | None) -> StepResult:
+        """Take a step; where its numbers are not finite, save what is needed to take it again.
+
+        Raises:
+            UserError: they are not finite, and --nan-policy is stop.
+        """
+        if self.folder is None or self.config.nan_policy != "stop":
+            return self.step(train, meta)
+        before = self._before()
+        try:
+            return self.step(train, meta)
+        except NonFiniteError as error:
+            name = error.name
+        batches = self.ranks.gather([None if part is None else [tensor.cpu() for tensor in part] for part in (train, meta)])
+        ids = ", ".join(map(str, train.ids[:8].tolist())) + (", ..." if len(train.ids) > 8 else "")
+        state = {**self.state(), **before, "batches": batches, "name": name, "config": to_dict(self.config)}
+        if self.ranks.first:
+            checkpoint.save(self.folder.replay, state)
+        raise UserError(
+            f"Iteration {self.step.iteration} (epoch {self.epoch + 1}): {name} is not finite. The batch (ids {ids}) and the "
+            f"state before it are in {self.folder.replay}, and 'fastadvisor replay {self.folder.path}' finds where it begins; "
+            "lower --lr or --advisor-lr, or add --nan-policy skip."
+        )
+
+    def _before(self) -> dict[str, Any]:
+        """Return copies of what a step changes before it is known whether it is finite: little, for the weights come last."""
+        state = RandomState.now(self.device)
+        advisor, optimizer = self.method.advisor, self.step.advisor_optimizer
         return {
-            "epoch": self.epoch + 1,
-            "loss": loss,
-            "meta_loss": float(meta_losses) / meta_steps if meta_steps else None,
-            **self._validation(),
-            "lr": self.step.optimizer.param_groups[0]["lr"],
-            **{f"test_{key}": value for key, value in asdict(self.test()).items()},
-            "images_per_second": images / seconds,
-            "waiting_share": (self._waited() - waited) / seconds,
-            "bad_images": self.loaders.bad_count(),
-            "step_ms_median": step_ms(times, self.step.interval),
-            "seconds": seconds,
+            "random_before": {"cpu": state.cpu, "cuda": state.cuda},
+            "advisor": None if advisor is None else copy.deepcopy(advisor.state_dict()),
+            "advisor_optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
         }
+
+    def _interrupted(self) -> Interrupted:
+        number = self.interruption.signal
+        assert self.folder is not None
+        where = f"after iteration {self.step.iteration} (epoch {self.epoch + 1} of {self.config.epochs})"
+        return Interrupted(
+            f"Stopped{'' if number is None else f' by {number.name}'} {where}; everything so far is in {self.folder.last}. "
+            f"To go on: fastadvisor train --config {self.folder.config} --output {self.folder.path} --resume",
+            15 if number is None else int(number),
+        )
 
     def _waited(self) -> float:
         """Seconds so far in which there was no batch to train on."""
@@ -260,70 +298,105 @@ class Trainer:
             state = ", exact for now" if engine.falling_back else ""
             bar.set_postfix_str(f"cosine to exact {last.cosine:.3f}, norm ratio {last.norm_ratio:.2f}{state}", refresh=False)
 
-    def _batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
+    def batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
+        """Return the next training batch and, where a meta step is due, the next meta batch."""
         train = (self.train_loader if current.phase.source == "train" else self.meta_loader).next_batch()
         return train, self.meta_loader.next_batch() if self.step.meta_is_due else None
 
     def set_lr(self, current: PhaseEpochs, index: int) -> None:
-        """Set the learning rate of the ``index``-th step of this epoch."""
+        """Set the learning rates of the ``index``-th step of this epoch."""
         steps = len(self.train_loader)
         step, total = (self.epoch - current.start) * steps + index, (current.end - current.start) * steps
-        self.step.optimizer.param_groups[0]["lr"] = current.phase.lr_factor * learning_rate(self.config, step, total)
+        warmup = round(self.config.warmup_epochs * steps)
+        rate = current.phase.lr_factor * learning_rate(self.config, step, total, warmup)
+        for group in self.step.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+
+    def tested_model(self) -> nn.Module:
+        """Return the classifier that is tested and left behind: the trained one, or the average of its weights."""
+        return self.model.model if self.average is None else self.average.model
 
     def test(self) -> Accuracy:
         """Return the accuracy on the test set as of now."""
-        return accuracy(self.model, self.loaders.test, self.data, precision=self.execution)
+        model = self.tested_model()
+        self.ranks.align_buffers(model)
+        return accuracy(model, self.loaders.test, self.data, precision=self.execution, ranks=self.ranks)
 
     def close(self) -> None:
         """End the loaders' threads and processes."""
         self.loaders.close()
 
     def state(self) -> dict[str, Any]:
-        """Return everything needed to continue exactly: tensors and plain values only."""
+        """Return everything needed to continue exactly: tensors and plain values only. All ranks together; rank 0 gets it."""
+        self.ranks.align_buffers(self.model.model)
         method, advisor = self.method.advisor, self.step.advisor_optimizer
+        own = {
+            "random": checkpoint.random_states(),
+            "train_loader": self.train_loader.state_dict(),
+            "meta_loader": self.meta_loader.state_dict(),
+        }
         return {
             "epoch": self.epoch,
+            "progress": self.progress.state_dict(),
             "history": self.history,
             "classes": self.data.classes,
             "model": self.model.model.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "advisor": None if method is None else method.state_dict(),
             "advisor_optimizer": None if advisor is None else advisor.state_dict(),
             "iteration": self.step.iteration,
+            "skipped": 0 if self.step.watch is None else self.step.watch.skipped,
             "engine": self.step.engine.state_dict(),
-            "train_loader": self.train_loader.state_dict(),
-            "meta_loader": self.meta_loader.state_dict(),
-            "random": checkpoint.random_states(),
+            "execution": self.execution.state_dict(),
+            "ranks": self.ranks.gather(own),
         }
 
     def restore(self, path: Path) -> None:
-        """Continue from the checkpoint at ``path``.
+        """Continue from the checkpoint at ``path``, in the middle of an epoch too.
 
         Raises:
             UserError: damaged, or of another model, method or data set.
         """
         state = checkpoint.load(path)
+        with checkpoint.fitting(path):
+            self._restore(state, path)
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         if state["classes"] != self.data.classes:
             raise UserError(f"{path} was trained on other classes than the data set has now; restore the data, or start anew.")
         checkpoint.load_model_state(self.model.model, state["model"], path)
         if (state["advisor"] is None) != (self.method.advisor is None):
             raise UserError(f"{path} is a checkpoint of another method; use the --method it was trained with.")
         self.step.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         if self.method.advisor is not None and self.step.advisor_optimizer is not None:
             checkpoint.load_model_state(self.method.advisor, state["advisor"], path)
             self.step.advisor_optimizer.load_state_dict(state["advisor_optimizer"])
         self.step.iteration = state["iteration"]
+        if self.step.watch is not None:
+            self.step.watch.skipped = state["skipped"]
         self.step.engine.load_state_dict(state["engine"])
-        self.train_loader.load_state_dict(state["train_loader"])
-        self.meta_loader.load_state_dict(state["meta_loader"])
+        self.execution.load_state_dict(state["execution"])
+        self.progress.load_state_dict(state["progress"])
         self.epoch, self.history = state["epoch"], state["history"]
-        checkpoint.restore_random_states(state["random"])
+        # With more ranks than before the new ones draw from streams of their own; batches are the same for any number.
+        known = self.ranks.rank < len(state["ranks"])
+        own = state["ranks"][self.ranks.rank if known else 0]
+        self.train_loader.load_state_dict(own["train_loader"])
+        self.meta_loader.load_state_dict(own["meta_loader"])
+        if known:
+            checkpoint.restore_random_states(own["random"])
 
-    def _save(self, folder: RunFolder) -> None:
+    def _save(self, *, best: bool = False) -> None:
+        """Write ``last.pt``; with ``best`` also ``best.pt``, if the last test was the best one."""
         state = self.state()
-        checkpoint.save(folder.last, state)
-        if self.history[-1]["test_top1"] >= max(record["test_top1"] for record in self.history):
-            checkpoint.save(folder.best, state)
+        if self.ranks.first and self.folder is not None:
+            self.folder.save_last(state, self.config.keep, self.step.iteration)
+            if best and self.history[-1]["test_top1"] >= max(record["test_top1"] for record in self.history):
+                checkpoint.save(self.folder.best, state)
+        self.clock.saved()
 
     def meta_gradient(self) -> str | None:
         """Say how the meta-gradient is computed; None where the method needs none."""

@@ -12,8 +12,9 @@ import torch
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import build_loaders, load_source, prepare
 from fastadvisor.data.loaders import dali
+from fastadvisor.launch import train_config
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
-from fastadvisor.trainer import Trainer, train_config
+from fastadvisor.trainer import Trainer
 from fastadvisor_kernels import Bernoulli, backend, mes_cross_entropy, reweight_features, tangent_loss
 from tests.data.photos import write_photos
 from tests.kernels.exercise import exercise
@@ -53,11 +54,11 @@ def test_forward_equals_double_backward(method):
 def test_a_step_never_waits_for_the_device(changes):
     config = resolve(Config, **changes, **QUIET)
     run = Trainer(config, prepare(load_source(config), config, 0), torch.device("cuda"))
-    run.step(*run._batches(run.phases[0]))
+    run.step(*run.batches(run.phases[0]))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            run.step(*run._batches(run.phases[0]))
+            run.step(*run.batches(run.phases[0]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 import fastadvisor
+from fastadvisor import launch
 from fastadvisor import trainer as trainer_module
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.data.loaders import dali
 from fastadvisor.errors import UserError
+from fastadvisor.launch import train_config
 from fastadvisor.models.cifar_resnet import CifarResNet
-from fastadvisor.trainer import Trainer, step_ms, train_config
+from fastadvisor.step import Step
+from fastadvisor.trainer import Trainer, step_ms
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
@@ -113,7 +116,7 @@ def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     def killed(self, bar):
         if self.epoch == 2:
             for _ in range(2):  # part of an epoch is lost, and so must be all it did
-                self.step(*self._batches(self.phases[0]))
+                self.step(*self.batches(self.phases[0]))
             raise KeyboardInterrupt
         return epoch(self, bar)
 
@@ -129,7 +132,7 @@ def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
     ends = [torch.load(run.folder / "last.pt", weights_only=True) for run in (whole, resumed)]
-    for part_ in ("advisor", "engine", "optimizer", "advisor_optimizer", "random", "train_loader", "meta_loader"):
+    for part_ in ("advisor", "engine", "optimizer", "advisor_optimizer", "ranks", "progress", "execution", "average"):
         assert same(ends[0][part_], ends[1][part_]), part_
 
 
@@ -237,7 +240,7 @@ def test_a_meta_step_every_third_iteration(monkeypatch):
     next_meta = run.meta_loader.next_batch
     monkeypatch.setattr(run.meta_loader, "next_batch", lambda: drawn.append(1) or next_meta())
     for _ in range(7):
-        result = run.step(*run._batches(run.phases[0]))
+        result = run.step(*run.batches(run.phases[0]))
         advisors.append(torch.cat([p.detach().flatten() for p in run.method.advisor.parameters()]))
         assert (result.meta_loss is not None) == (len(advisors) % 3 == 1)
     assert [not torch.equal(*pair) for pair in itertools.pairwise(advisors)] == [False, False, True] * 2
@@ -286,7 +289,7 @@ def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsy
     ],
 )
 def test_settings_that_exclude_each_other_are_found_before_any_data_is_read(changes, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(trainer_module, "load_source", lambda config: pytest.fail("data was read"))
+    monkeypatch.setattr(launch, "load_source", lambda config: pytest.fail("data was read"))
     with pytest.raises(UserError, match=message):
         train_config(settings(tmp_path / "run", **changes))
 
@@ -294,7 +297,7 @@ def test_settings_that_exclude_each_other_are_found_before_any_data_is_read(chan
 def weights_after(steps, **changes):
     run = trainer(**changes)
     for _ in range(steps):
-        run.step(*run._batches(run.phases[0]))
+        run.step(*run.batches(run.phases[0]))
     return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
 
 
@@ -315,7 +318,7 @@ def test_a_step_leaves_nothing_for_the_collector(changes):
     gc.collect()
     gc.disable()
     try:
-        run.step(*run._batches(run.phases[0]))
+        run.step(*run.batches(run.phases[0]))
     finally:
         gc.enable()
     assert held[0]() is None
@@ -325,7 +328,7 @@ def first_step(learns=True, **changes):
     run = trainer(**changes)
     if not learns:
         run.method.learn = lambda *_: None
-    result = run.step(*run._batches(run.phases[0]))
+    result = run.step(*run.batches(run.phases[0]))
     advisor, model = (
         torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
         for module in (run.method.advisor, run.model)
@@ -350,18 +353,18 @@ def test_the_time_of_a_step_is_an_average_over_meta_intervals():
 
 def test_training_that_diverges_stops_with_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"diverged.*--lr"):
-        train_config(settings(tmp_path / "run", method="ce", lr=1e20, schedule="constant"))
+        train_config(settings(tmp_path / "run", method="ce", lr=1e20, schedule="constant", nan_policy="ignore"))
 
 
 def test_weights_that_end_as_nan_do_not_pass_as_trained(tmp_path, monkeypatch):
-    step = trainer_module.Step.actual_train
+    step = Step.actual_train
 
     def poisoned(self, shared):
         loss = step(self, shared)
         next(self.model.parameters()).data.fill_(float("nan"))
         return loss
 
-    monkeypatch.setattr(trainer_module.Step, "actual_train", poisoned)
+    monkeypatch.setattr(Step, "actual_train", poisoned)
     with pytest.raises(UserError, match="weights not finite"):
         train_config(settings(tmp_path / "run", method="ce", batch_size=486))  # one step an epoch: its loss was fine
     assert not (tmp_path / "run" / "model.pt").exists()
@@ -373,7 +376,7 @@ def test_saturated_equalisation_stays_finite():
     with torch.no_grad():
         run.method.advisor.to_equalisation.bias.fill_(1e4)
     for _ in range(3):
-        result = run.step(*run._batches(run.phases[0]))
+        result = run.step(*run.batches(run.phases[0]))
         assert math.isfinite(float(result.loss))
         assert math.isfinite(float(result.meta_loss))
     assert all(parameter.isfinite().all() for parameter in run.method.advisor.parameters())

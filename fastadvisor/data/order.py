@@ -68,8 +68,11 @@ class Order:
             start += 1
 
 
-def in_sequence(count: int, batch_size: int) -> list[Spec]:
-    """Return the batches that cover rows 0 to ``count`` - 1 once, in order; the last may be smaller."""
+def in_sequence(count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> list[Spec]:
+    """Return the batches that cover every ``ranks``-th of rows 0 to ``count`` - 1, from ``rank`` on, once and in order; the
+    last may be smaller.
+    """
     none = np.empty(0, dtype=np.int64)
-    starts = range(0, count, batch_size)
-    return [Spec(number, np.arange(start, min(start + batch_size, count)), None, none) for number, start in enumerate(starts)]
+    rows = np.arange(rank, count, ranks)
+    starts = range(0, len(rows), batch_size)
+    return [Spec(number, rows[start : start + batch_size], None, none) for number, start in enumerate(starts)]

@@ -19,6 +19,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fastadvisor.models import sync_batch_norm
+from fastadvisor.runtime.ranks import Ranks
+
 PRODUCTS = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
 """Bilinear in input and weight, and most of a backbone's time."""
 
@@ -100,6 +103,8 @@ class Tangents(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` or its rule."""
+        if func is sync_batch_norm.batch_norm:
+            return synchronised_batch_norm(*args, **(kwargs or {}))
         if func not in PRODUCTS and func is not F.batch_norm:
             return func(*args, **(kwargs or {}))
         known = self.tape.find(self.position, func)
@@ -173,6 +178,38 @@ def batch_norm(
     else:  # rounded to x's dtype the slope would no longer fit the shift
         y_dot = y_dot + _affine(x, slope_x, -slope_x * mean)
     return forward_ad.make_dual(y, y_dot)
+
+
+def synchronised_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    ranks: Ranks,
+) -> Tensor:
+    """Return what ``sync_batch_norm.batch_norm`` does, with the tangent by its formula; running statistics stay as they are."""
+    x, x_dot = forward_ad.unpack_dual(input)
+    gamma, gamma_dot = (torch.ones(()), None) if weight is None else forward_ad.unpack_dual(weight)
+    beta, beta_dot = (torch.zeros(()), None) if bias is None else forward_ad.unpack_dual(bias)
+    mean, var, count = sync_batch_norm.statistics(x, ranks)
+    inverse = (var + eps).rsqrt()
+    shape = (1, -1, *(1 for _ in x.shape[2:]))
+    normalised = (x.to(mean.dtype) - mean.reshape(shape)) * inverse.reshape(shape)
+    y = (gamma.to(mean).expand_as(mean).reshape(shape) * normalised + beta.to(mean).expand_as(mean).reshape(shape)).to(x.dtype)
+    # Every rank takes part in the sums, whether or not the layer's own input moves: all ranks' inputs do, or none.
+    parts = []
+    if x_dot is not None:
+        mean_dot, mean_hat = sync_batch_norm.tangent_means(x, x_dot, mean, inverse, count, ranks)
+        inner = x_dot.to(mean.dtype) - mean_dot.reshape(shape) - normalised * mean_hat.reshape(shape)
+        parts.append((gamma.to(mean) * inverse).reshape(shape) * inner)
+    if gamma_dot is not None:
+        parts.append(gamma_dot.to(mean).reshape(shape) * normalised)
+    if beta_dot is not None:
+        parts.append(beta_dot.to(mean).reshape(shape).expand_as(normalised))
+    return forward_ad.make_dual(y, sum(parts[1:], parts[0]).to(x.dtype)) if parts else y
 
 
 def _affine(x: Tensor, slope: Tensor, shift: Tensor) -> Tensor:

@@ -88,13 +88,14 @@ class ValidatedEngine(Engine):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to decide the same."""
         own = {"meta_steps": self.meta_steps, "falling_back": self.falling_back, "warned": self.warned}
-        return {**own, "approximate": self.approximate.state_dict()}
+        return {**own, "checks": [list(check) for check in self.checks], "approximate": self.approximate.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``; an empty one is of a run that needed no watching, on another device."""
         if not state:
             return
         self.meta_steps, self.falling_back, self.warned = state["meta_steps"], state["falling_back"], state["warned"]
+        self.checks = [Check(*numbers) for numbers in state["checks"]]
         self.approximate.load_state_dict(state["approximate"])
 
     def _in_charge(self) -> Engine:

@@ -3,7 +3,8 @@
 import os
 import random
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from fastadvisor.errors import UserError, cannot_write
 
-FORMAT = "fastadvisor-checkpoint-1"
+FORMAT = "fastadvisor-checkpoint-2"
 
 
 def save(path: Path, payload: Mapping[str, Any]) -> None:
@@ -69,14 +70,23 @@ def read(path: Path) -> dict[str, Any]:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     # Damage shows as almost anything: RuntimeError, EOFError, UnpicklingError, KeyError, UnicodeDecodeError, ...
     except Exception:
-        best = path.with_name("best.pt")
-        way = f"copy {best} over it, or train" if path.name == "last.pt" and best.is_file() else "train"
+        others = [other for other in (*kept(path.parent), path.with_name("best.pt")) if _is_another(other, path)]
+        way = f"copy {others[0]} over it, or train" if path.name == "last.pt" and others else "train"
         raise UserError(
             f"{path} is damaged or cut short, or no checkpoint at all; {way} again into another --output."
         ) from None
     if not isinstance(payload, dict):
         raise UserError(f"{path} holds no dict of weights; name a checkpoint or a state dict.")
     return payload
+
+
+def kept(folder: Path) -> list[Path]:
+    """Return the checkpoints of ``--keep`` in ``folder``, newest first."""
+    return sorted(folder.glob("iteration-*.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _is_another(other: Path, path: Path) -> bool:
+    return other.is_file() and not other.samefile(path)
 
 
 def _check_sums(path: Path) -> None:
@@ -109,6 +119,20 @@ def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Pa
             "use the --model and --dataset it was trained with."
         )
     module.load_state_dict(dict(state), strict=True)
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Turn whatever the content of a checkpoint provokes inside the block into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: a part that is missing, of another type, of another size
+        raise UserError(
+            f"{path} does not fit this run ({type(error).__name__}: {' '.join(str(error).split())[:100]}): it was changed, or "
+            "written by another version of fastadvisor; name another, or train again into another --output."
+        ) from None
 
 
 def check_weights(name: str | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastadvisor.errors import UserError
+from fastadvisor.errors import OutOfMemoryError
 from fastadvisor.runtime.allocator import release_freed_memory
 
 STATUS = Path("/proc/self/status")
@@ -17,13 +17,13 @@ CPU_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 @contextmanager
 def enough(device: torch.device) -> Iterator[None]:
-    """Turn running out of memory inside the block into a UserError."""
+    """Turn running out of memory inside the block into an OutOfMemoryError, a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's allocator on the CPU raises a plain RuntimeError
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and CPU_FULL not in str(error):
             raise
-        raise UserError(
+        raise OutOfMemoryError(
             f"Out of memory ({device}): lower --batch-size, --eval-batch-size, --image-size or --advisor-width, "
             "add --lean, or choose a smaller --model."
         ) from None

@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
     """
     found = torch.cuda.is_available()
     if name == "auto":
-        return torch.device("cuda" if found else "cpu")
+        name = "cuda" if found else "cpu"
     if name.startswith("cuda") and not found:
         raise UserError("No CUDA device is available to torch; use --device cpu or --device auto.")
     return torch.device(name)

@@ -4,7 +4,9 @@ Every rank holds the whole model and the whole advisor and sees its part of each
 take the same step. A process that torchrun did not start is rank 0 of 1, and nothing here costs it anything.
 """
 
+import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastadvisor.errors import UserError
@@ -21,8 +24,8 @@ from fastadvisor.errors import UserError
 BUCKET_BYTES = 25 * 2**20
 """Gradients that travel together: DistributedDataParallel's default, small enough to overlap, large enough to fill a link."""
 
-TIMEOUT = timedelta(minutes=30)
-"""A rank that does not come to a collective: reading a large data set for the first time takes minutes on one of them."""
+TIMEOUT = timedelta(hours=2)
+"""A rank that does not come to a collective: while one of them makes small copies of a large data set, the others wait."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,15 @@ class Ranks:
         dist.broadcast_object_list(box)
         return box[0]
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let rank 0 through the block before the others."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
     def wait(self) -> None:
         """Wait until all ranks are here."""
         if self.count > 1:
@@ -141,6 +153,12 @@ class Ranks:
         """Give all ranks rank 0's parameters and buffers."""
         if self.count > 1:
             for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+
+    def align_buffers(self, module: torch.nn.Module) -> None:
+        """Give all ranks rank 0's buffers, such as running statistics, which each has gathered from its own images."""
+        if self.count > 1:
+            for tensor in module.buffers():
                 dist.broadcast(tensor.detach(), 0)
 
     @contextmanager
@@ -163,6 +181,27 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process exited|peer|timed out", re.IGNORECASE)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether ``error`` is what a collective raises where another rank has ended."""
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return many and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+
+
+def speaks(message: str) -> bool:
+    """Whether this process is the one to print ``message``: of several ranks that fail alike, the first to come."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    key = hashlib.sha256(message.encode()).hexdigest()[:16]
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"fastadvisor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{key}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # better twice than not at all
+        return True
 
 
 def added(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:

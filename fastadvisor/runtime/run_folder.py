@@ -6,6 +6,8 @@ Another run never overwrites what is in it, and a crash leaves each file either 
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -15,8 +17,9 @@ import yaml
 
 from fastadvisor.config import Config, to_dict
 from fastadvisor.errors import UserError, cannot_write
+from fastadvisor.runtime import checkpoint
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "model.pt")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "model.pt", "run.json")
 # What may change between the parts of a resumed run: nothing in here touches the numbers. epochs does (the schedule).
 MAY_DIFFER = (
     "output",
@@ -29,6 +32,11 @@ MAY_DIFFER = (
     "workers",
     "cache_dir",
     "max_bad_fraction",
+    "save_minutes",
+    "save_every",
+    "keep",
+    "nan_policy",
+    "dry_run",
 )
 
 
@@ -44,6 +52,8 @@ class RunFolder:
         self.best = self.path / "best.pt"
         self.model = self.path / "model.pt"
         self.bad_images = self.path / "bad_images.csv"
+        self.provenance = self.path / "run.json"
+        self.replay = self.path / "replay.pt"
 
     @staticmethod
     def check_free(output: str | None) -> None:
@@ -93,7 +103,7 @@ class RunFolder:
             found = {name for name in RUN_FILES if (folder.path / name).is_file()}
         except OSError as error:
             raise UserError(f"Output folder {output} cannot be read ({error.strerror}); check --output.") from None
-        if "last.pt" not in found and not {"config.yaml"} <= found <= {"config.yaml", "metrics.jsonl"}:
+        if "last.pt" not in found and not {"config.yaml"} <= found <= {"config.yaml", "metrics.jsonl", "run.json"}:
             way = "choose another --output" if found else "check --output, or drop --resume"
             raise UserError(f"There is no last.pt in {output} to resume from; {way}.")
         folder.check_settings(config)
@@ -137,6 +147,51 @@ class RunFolder:
         """Write ``summary.json``; NaN and infinities become null."""
         write_text(self.summary, json.dumps(_finite(summary), allow_nan=False, indent=2) + "\n")
 
+    def begin_part(self, about: Mapping[str, Any], data: str) -> None:
+        """Note in ``run.json`` how this part of the run was started; ``data`` is the fingerprint of its data.
+
+        Raises:
+            UserError: earlier parts had other data.
+        """
+        parts: list[Any] = []
+        if self.provenance.is_file():
+            try:
+                known = json.loads(self.provenance.read_text(encoding="utf-8"))
+                before, parts = known["data"], list(known["parts"])
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self.provenance} is damaged; delete it to go on without the check that the data are still the same."
+                ) from None
+            if before != data:
+                raise UserError(
+                    f"The data are not those {self.path} was trained on (fingerprint {data}, before {before}): "
+                    f"restore them, choose another --output, or delete {self.provenance} to go on all the same."
+                )
+        write_text(self.provenance, json.dumps({"data": data, "parts": [*parts, about]}, indent=2) + "\n")
+
+    def save_last(self, state: Mapping[str, Any], keep: int, iteration: int) -> None:
+        """Write ``last.pt``; with ``keep`` over 1 the newest ``keep`` checkpoints have names of their own too,
+        ``iteration-<number>.pt``, of which the last is the same file as ``last.pt``.
+        """
+        checkpoint.save(self.last, state)
+        if keep > 1:
+            named = self.path / f"iteration-{iteration:09d}.pt"
+            try:
+                named.unlink(missing_ok=True)
+                try:
+                    os.link(self.last, named)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(self.last, named)
+                for old in checkpoint.kept(self.path)[keep:]:
+                    old.unlink(missing_ok=True)
+            except OSError as error:
+                raise cannot_write(named, error) from None
+
+    def clear_temporary(self) -> None:
+        """Delete what a process that was killed in the middle of a write has left."""
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
     def write_bad_images(self, table: str) -> None:
         """Write ``bad_images.csv``: part, id, reason and file of each image that could not be read."""
         write_text(self.bad_images, table)
@@ -168,6 +223,22 @@ def write_text(path: Path, text: str) -> None:
         raise cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(output: str | None) -> None:
+    """Find out, and leave nothing behind, whether a folder ``output`` (None: under ``runs``) can be made or written to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = Path(output or "runs").absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _no_folder(output or "runs", error) from None
 
 
 def _no_folder(output: str, error: OSError) -> UserError:

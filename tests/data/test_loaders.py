@@ -116,11 +116,12 @@ def test_an_epoch_sees_every_id_once(photos, opened, name):
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("name", STREAMING)
+@pytest.mark.parametrize("name", ["resident", *STREAMING])
 def test_ranks_share_an_epoch_and_see_together_what_one_would(photos, opened, name):
-    settings = {"crop": "resized", "meta_batch_size": 4}
+    settings = {"meta_batch_size": 4, "cutout": 3 if name == "resident" else 0}
+    settings["crop"] = "pad" if name == "resident" else "resized"
     whole = opened(photos, name, **settings)
-    parts = [opened(photos, name, rank, 2, **{**settings, "batch_size": 2, "meta_batch_size": 2}) for rank in range(2)]
+    parts = [opened(photos, name, rank, 2, **settings) for rank in range(2)]
     for part in ("train", "meta"):
         assert len(getattr(parts[0], part)) == len(getattr(whole, part)) == 4
         for _ in range(2):  # epochs
@@ -128,11 +129,36 @@ def test_ranks_share_an_epoch_and_see_together_what_one_would(photos, opened, na
             for one, first, second in zip(*seen, strict=True):
                 assert torch.equal(one.ids, torch.cat([first.ids, second.ids]))
                 assert torch.equal(one.images, torch.cat([first.images, second.images]))
+                assert torch.equal(one.labels, torch.cat([first.labels, second.labels]))
             ids = [torch.cat([batch.ids for batch in batches]).tolist() for batches in seen[1:]]
             assert not set(ids[0]) & set(ids[1])
             assert len(set(ids[0] + ids[1])) == 16
-    with pytest.raises(UserError, match="--loader resident does not share an epoch among ranks"):
-        opened(photos, "resident", ranks=2)
+
+
+@pytest.mark.parametrize("name", ["resident", *STREAMING])
+def test_ranks_share_the_test_images_and_none_is_seen_twice(photos, opened, name):
+    parts = [list(opened(photos, name, rank, 3, batch_size=6).test) for rank in range(3)]
+    assert [sum(len(batch.ids) for batch in part) for part in parts] == [6, 5, 5]
+    ids = torch.cat([batch.ids for part in parts for batch in part])
+    assert sorted(ids.tolist()) == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "says"),
+    [
+        (2, {"batch_size": 5}, "--batch-size 5 cannot be shared evenly by 2 processes: make it a multiple of 2"),
+        (1, {"batch_size": 5, "accumulate": 3}, "--batch-size 5 cannot be shared evenly by 3 micro-batches: make it a mul"),
+        (
+            2,
+            {"batch_size": 8, "accumulate": 2},
+            "--meta-batch-size 3 .* by 2 processes of 2 micro-batches: make it a multiple of 4",
+        ),
+    ],
+)
+def test_batches_that_cannot_be_shared(photos, opened, ranks, settings, says):
+    with pytest.raises(UserError, match=says):
+        opened(photos, "resident", 0, ranks, **settings)
+    assert opened(photos, "resident", 0, 2, batch_size=6, meta_batch_size=None).meta.batch_size == 3
 
 
 @pytest.mark.parametrize("name", STREAMING)

@@ -21,7 +21,7 @@ def test_round_trip(path):
     got = checkpoint.load(path)
     assert torch.equal(got["weights"], weights)
     assert got["weights"].dtype is torch.bfloat16
-    assert (got["epoch"], got["history"], got["format"]) == (3, [1.5, None, "a"], "fastadvisor-checkpoint-1")
+    assert (got["epoch"], got["history"], got["format"]) == (3, [1.5, None, "a"], checkpoint.FORMAT)
 
 
 def test_no_temporary_file_is_left(path):

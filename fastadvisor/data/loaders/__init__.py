@@ -106,11 +106,11 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
     """Build the loaders of a training run; for a resident one ``data`` has been through :func:`into_memory`.
 
     Args:
-        config: of the run; batch sizes are those of one rank.
+        config: of the run; its batch sizes are those of all ranks together.
         data: what to draw from.
         device: of the batches.
         rank: of this process: the part of each batch of all ranks that it sees.
-        ranks: processes that share an epoch of the training and of the meta images; each sees all test images.
+        ranks: processes that share an epoch of the training, meta and test images.
 
     Raises:
         UserError: batches larger than what there is to draw from, images that do not fit in memory, too many that
@@ -122,28 +122,21 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
     if config.cutout > size:
         raise UserError(f"--cutout {config.cutout} is larger than the images, which are {size} pixels: use less.")
     counts = _BadOf(data, config)
-    if name == "resident" and ranks > 1:
-        raise UserError("--loader resident does not share an epoch among ranks: use --loader torch or dali.")
     if name == "resident":
         data = counts.without_bad_images(data)
     else:
         counts.look_for_missing_files(data)
-    meta_batch = config.meta_batch_size or min(config.batch_size, len(data.meta_ids))
-    for flag, batch, part, ids in (
-        ("--batch-size", config.batch_size, "training", data.train_ids),
-        ("--meta-batch-size", meta_batch, "meta", data.meta_ids),
-    ):
-        if batch * ranks > len(ids):
-            raise UserError(f"{flag} {batch} is larger than the {len(ids)} {part} images there are: lower it.")
+    batch, meta_batch = _batch_sizes(config, data, ranks)
     # Streams of their own, so that the meta-set cycles by itself.
-    parts = ((data.train_ids, config.batch_size, 2 * config.seed), (data.meta_ids, meta_batch, 2 * config.seed + 1))
+    parts = ((data.train_ids, batch, 2 * config.seed), (data.meta_ids, meta_batch, 2 * config.seed + 1))
     pad = _augmentation(config, data) if geometry.crop == "pad" else None
     train: Loader
     meta: Loader
     if name == "resident":
         table, augment = ResidentImages.of(data, device), _augmentation(config, data)
         train, meta = (
-            ResidentLoader(table, ids, batch, augment=augment, device=device, seed=seed) for ids, batch, seed in parts
+            ResidentLoader(table, ids, batch, augment=augment, device=device, seed=seed, rank=rank, ranks=ranks)
+            for ids, batch, seed in parts
         )
     else:
         labels = data.labels.to(device)
@@ -163,7 +156,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
             )
             for (ids, batch, seed), bad in zip(parts, (counts.train, counts.meta), strict=True)
         )
-    test = _test_loader(name, geometry, config, data, device, counts.test)
+    test = _test_loader(name, geometry, config, data, device, counts.test, rank, ranks)
     return Loaders(name, why, size, data, train, meta, test, [counts.train, counts.meta, counts.test])
 
 
@@ -220,15 +213,46 @@ class _BadOf:
         return replace(data, test=Split(images.select(good), data.test.labels[torch.from_numpy(good)]))
 
 
+def _batch_sizes(config: LoaderConfig, data: TrainingData, ranks: int) -> tuple[int, int]:
+    """Return the training and the meta images of one rank in a step.
+
+    Raises:
+        UserError: a batch is larger than what there is to draw from, or cannot be shared evenly.
+    """
+    pieces = ranks * config.accumulate
+    meta = config.meta_batch_size
+    if meta is None:
+        meta = min(config.batch_size, len(data.meta_ids))
+        meta = max(meta - meta % pieces, 1)
+    for flag, batch, part, ids in (
+        ("--batch-size", config.batch_size, "training", data.train_ids),
+        ("--meta-batch-size", meta, "meta", data.meta_ids),
+    ):
+        if batch > len(ids):
+            raise UserError(f"{flag} {batch} is larger than the {len(ids)} {part} images there are: lower it.")
+        if batch % pieces:
+            of = f"{ranks} processes" if ranks > 1 else ""
+            of += (" of " if of else "") + f"{config.accumulate} micro-batches" if config.accumulate > 1 else ""
+            raise UserError(f"{flag} {batch} cannot be shared evenly by {of}: make it a multiple of {pieces}.")
+    return config.batch_size // ranks, meta // ranks
+
+
 def _test_loader(
-    name: str, geometry: Geometry, config: Config, data: TrainingData, device: torch.device, bad: BadImages
+    name: str,
+    geometry: Geometry,
+    config: Config,
+    data: TrainingData,
+    device: torch.device,
+    bad: BadImages,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> EvaluationLoader:
     batch, labels = config.eval_batch_size, data.test.labels.to(device)
     if name == "resident":
         assert isinstance(data.test.images, ArrayImages)
-        return ResidentEvaluation(data.test.images.pixels.to(device), labels, batch, data.mean, data.std)
+        return ResidentEvaluation(data.test.images.pixels.to(device), labels, batch, data.mean, data.std, rank, ranks)
     backend = _backend(name, data.test.images, geometry, config, data, device, batch, training=False)
-    return EvaluationStream(backend, labels, batch, bad=bad, mean=data.mean, std=data.std)
+    return EvaluationStream(backend, labels, batch, bad=bad, mean=data.mean, std=data.std, rank=rank, ranks=ranks)
 
 
 def _backend(

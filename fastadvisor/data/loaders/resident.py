@@ -55,25 +55,32 @@ class ResidentLoader:
         augment: Augmentation,
         device: torch.device,
         seed: int,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """Set up.
 
         Args:
             data: where the images and labels are; hand the same ``ResidentImages`` to several loaders to share them.
             ids: (n,) int64 the samples to draw from.
-            batch_size: at most n.
+            batch_size: of this rank; of all of them together at most n.
             augment: makes floats of bytes.
             device: where the batches are made.
-            seed: of the order and the augmentation; give each loader its own.
+            seed: of the order and the augmentation; give each loader its own, and the same one on all ranks.
+            rank: of this process, which gets the ``rank``-th part of each batch of all ranks.
+            ranks: processes that share an epoch.
 
         Raises:
             UserError: more images in a batch than there are, or padding that does not fit the images.
         """
-        if batch_size > len(ids):
-            raise UserError(f"A batch of {batch_size} is larger than the {len(ids)} images to draw from: lower its size.")
+        if batch_size * ranks > len(ids):
+            raise UserError(
+                f"A batch of {batch_size * ranks} is larger than the {len(ids)} images to draw from: lower its size."
+            )
         self.table = data if isinstance(data, ResidentImages) else ResidentImages.of(data, device)
         augment.check(self.table.images)
         self.batch_size, self.augment = batch_size, augment
+        self._whole, self._mine = batch_size * ranks, slice(rank * batch_size, (rank + 1) * batch_size)
         self._ids = ids.to(device)
         self._generator, self._host = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
         self._order = self._permutation()
@@ -83,7 +90,7 @@ class ResidentLoader:
 
     def __len__(self) -> int:
         """Full batches an epoch."""
-        return len(self._ids) // self.batch_size
+        return len(self._ids) // self._whole
 
     def __iter__(self) -> "ResidentLoader":
         return self
@@ -93,11 +100,13 @@ class ResidentLoader:
 
     def next_batch(self) -> Batch:
         """Return the next batch; reshuffles when fewer than a batch are left. Never waits for the device."""
-        if self._position + self.batch_size > len(self._ids):
+        if self._position + self._whole > len(self._ids):
             self._order, self._position = self._permutation(), 0
-        ids = self._ids[self._order[self._position : self._position + self.batch_size]]
-        self._position += self.batch_size
-        return Batch(self.augment(self.table.images, ids, self._generator, self._host), self.table.labels[ids], ids)
+        ids = self._ids[self._order[self._position : self._position + self._whole]]
+        self._position += self._whole
+        # The whole batch on every rank: so they draw the same numbers, and see together what one rank alone would see.
+        images = self.augment(self.table.images, ids, self._generator, self._host)[self._mine]
+        return Batch(images, self.table.labels[ids[self._mine]], ids[self._mine])
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as CPU tensors and an integer."""
@@ -128,19 +137,22 @@ class ResidentLoader:
 
 
 class ResidentEvaluation:
-    """The test images in order, each once."""
+    """The test images in order, each once; of several ranks each has every so many-th."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, mean: Triple, std: Triple) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, mean: Triple, std: Triple, rank: int = 0, ranks: int = 1
+    ) -> None:
         """Take (N, H, W, 3) uint8 ``images`` and (N,) int64 ``labels`` on one device, in batches of ``batch_size``."""
         self.images, self.labels, self.batch_size, self.mean, self.std = images, labels, batch_size, mean, std
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        """Images."""
+        """Images, of all ranks."""
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = torch.arange(len(self.labels), device=self.labels.device)
-        for ids in rows.split(self.batch_size):
+        rows = torch.arange(self.rank, len(self.labels), self.ranks, device=self.labels.device)
+        for ids in rows.split(self.batch_size) if len(rows) else ():
             yield Batch(normalize(self.images[ids], self.mean, self.std), self.labels[ids], ids)
 
     def close(self) -> None:

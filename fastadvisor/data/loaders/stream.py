@@ -19,6 +19,9 @@ from fastadvisor.errors import UserError
 
 T = TypeVar("T")
 
+RANK_STRIDE = 2**33
+"""Between the seeds of two ranks: beyond any seed of a run."""
+
 
 class Decoded(NamedTuple):
     """A batch as a backend makes it."""
@@ -85,7 +88,8 @@ class StreamLoader:
         self.batch_size = order.batch_size
         self.waited = 0.0
         """Seconds in which the training had nothing to do but wait for this loader."""
-        self._generator, self._host = torch.Generator(device).manual_seed(order.seed), torch.Generator().manual_seed(order.seed)
+        seed = order.seed + RANK_STRIDE * order.rank  # what is drawn on the device is drawn for this rank's images alone
+        self._generator, self._host = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
         self._index = 0
         self._decoded: Iterator[Decoded] | None = None
 
@@ -158,19 +162,31 @@ class StreamLoader:
 
 
 class EvaluationStream:
-    """The test images in order, each once; those that cannot be read are left out."""
+    """The test images in order, each once; those that cannot be read are left out; each rank has every so many-th."""
 
-    def __init__(self, backend: Backend, labels: Tensor, batch_size: int, *, bad: BadImages, mean: Triple, std: Triple) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        bad: BadImages,
+        mean: Triple,
+        std: Triple,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         """Take (N,) int64 ``labels`` on the device of the batches, and ``batch_size`` for all but the last."""
         self.backend, self.labels, self.batch_size, self.bad, self.mean, self.std = backend, labels, batch_size, bad, mean, std
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        """Images, the bad ones too."""
+        """Images of all ranks, the bad ones too."""
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Batch]:
         device = self.labels.device
-        for decoded in self.backend.decode(in_sequence(len(self.labels), self.batch_size)):
+        for decoded in self.backend.decode(in_sequence(len(self.labels), self.batch_size, self.rank, self.ranks)):
             self.bad.add(decoded.bad)
             if not len(decoded.ids):
                 continue

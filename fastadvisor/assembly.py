@@ -1,0 +1,63 @@
+"""The iteration that a configuration asks for, put together."""
+
+import torch
+
+from fastadvisor.config import Config
+from fastadvisor.metagrad import Engine, ForwardEngine, build_engine, meta_schedule
+from fastadvisor.methods import Method
+from fastadvisor.models import SplitClassifier
+from fastadvisor.optimizers import build_optimizer, parameter_groups
+from fastadvisor.runtime.execution import Execution
+from fastadvisor.step import Step
+from fastadvisor.watch import Watch
+
+
+def build_step(
+    config: Config, model: SplitClassifier, method: Method, execution: Execution, image_shape: tuple[int, int]
+) -> Step:
+    """Return the step of ``config`` for a model and a method that are on their device.
+
+    Args:
+        config: all settings.
+        model: the classifier.
+        method: with its advisor, if it has one.
+        execution: how passes are run.
+        image_shape: (height, width) of the images, to try where the model can be cut.
+    """
+    schedule = meta_schedule(config, type(method))
+    watch = Watch(config.nan_policy == "skip", gradients=execution.scaler is None, ranks=execution.ranks)
+    return Step(
+        model,
+        method,
+        build_optimizer(config, parameter_groups(model, config.layer_decay, config.lr)),
+        _advisor_optimizer(config, method),
+        _engine(config, model, method, execution, image_shape),
+        execution,
+        virtual_with_optimizer=config.virtual_step == "optimizer",
+        attached=config.advisor_inputs == "attached",
+        interval=schedule.interval,
+        behind=schedule.behind,
+        lean=config.lean,
+        accumulate=config.accumulate,
+        clip=config.clip_grad_norm,
+        watch=None if config.nan_policy == "ignore" else watch,
+    )
+
+
+def _engine(
+    config: Config, model: SplitClassifier, method: Method, execution: Execution, image_shape: tuple[int, int]
+) -> Engine:
+    if not method.learns:
+        return ForwardEngine(execution)  # never asked
+    return build_engine(config, model, image_shape, execution)
+
+
+def _advisor_optimizer(config: Config, method: Method) -> torch.optim.Optimizer | None:
+    if method.advisor is None:
+        return None
+    lr, decay = config.advisor_lr, config.advisor_weight_decay
+    return torch.optim.Adam(
+        method.advisor.parameters(),
+        lr=method.advisor_lr if lr is None else lr,
+        weight_decay=method.advisor_weight_decay if decay is None else decay,
+    )

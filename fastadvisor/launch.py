@@ -1,0 +1,170 @@
+"""From a configuration to a run: device, ranks, data, folder, and what is said when something is missing."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastadvisor import rehearsal
+from fastadvisor.config import Config, resolve
+from fastadvisor.data import Source, TrainingData, load_source, prepare, stage
+from fastadvisor.errors import OutOfMemoryError, UserError
+from fastadvisor.metagrad import check_meta
+from fastadvisor.methods import METHODS, check_method
+from fastadvisor.models import check_model
+from fastadvisor.optimizers import check_optimizer
+from fastadvisor.runtime import allocator, checkpoint, memory
+from fastadvisor.runtime.precision import check_kernels, pick_device
+from fastadvisor.runtime.provenance import fingerprint, provenance
+from fastadvisor.runtime.ranks import Ranks
+from fastadvisor.runtime.run_folder import RunFolder
+from fastadvisor.trainer import Trainer, TrainResult
+
+
+def train(config: str | None = None, /, **settings: Any) -> TrainResult:
+    """Train a classifier; every setting of :class:`fastadvisor.Config` is a keyword.
+
+    Args:
+        config: a recipe's name or a YAML file that the keywords win over.
+        **settings: as ``method="mfrw-mes", noise="flip", noise_rate=0.4``.
+
+    Raises:
+        UserError: anything the caller can put right, before any work is lost.
+    """
+    result = train_config(resolve(Config, config, **settings))
+    if result is None:
+        raise UserError("dry_run trains nothing, so there is no result; call it from the command line.")
+    return result
+
+
+def train_config(config: Config, source: Source | None = None) -> TrainResult | None:
+    """Train as ``config`` says; ``source`` spares reading the data set again. None of a dry run."""
+    check_config(config)
+    ranks = Ranks.from_environment()
+    with deterministic(config.deterministic), only_first_prints(ranks):
+        device = pick_device(config.device)
+        check_kernels(device)
+        if config.keep_memory and device.type == "cpu":
+            allocator.keep_freed_memory()
+        return _train(restarted(config, ranks), source, device, ranks)
+
+
+def check_config(config: Config) -> None:
+    """Find out from the settings alone whether they can work.
+
+    Raises:
+        UserError: they cannot.
+    """
+    check_method(config.method)
+    check_model(config.model)
+    check_optimizer(config)
+    check_meta(config, METHODS[config.method], amp=config.amp)
+    checkpoint.check_weights(config.weights)
+    if config.virtual_step == "optimizer" and config.optimizer != "sgd":
+        raise UserError(
+            f"--virtual-step optimizer knows sgd alone: take --virtual-step sgd with --optimizer {config.optimizer}."
+        )
+    if config.accumulate > 1:
+        whole = {
+            "--method l2rw": config.method == "l2rw",
+            "--weight-normalization sum": config.method == "mw-net" and config.weight_normalization == "sum",
+            "--advisor-inputs attached": config.advisor_inputs == "attached",
+            "--approx-layers learned": config.approx_meta and config.approx_layers == "learned",
+            "--meta-engine reference": config.meta_engine == "reference",
+        }
+        for flag, asked in whole.items():
+            if asked:
+                raise UserError(f"{flag} needs the batch as a whole: drop it or --accumulate {config.accumulate}.")
+
+
+def _train(config: Config, source: Source | None, device: torch.device, ranks: Ranks) -> TrainResult | None:
+    begun = RunFolder.open_for_resume(config.output, config) if config.resume else None
+    if begun is None and ranks.first:
+        RunFolder.check_free(config.output)
+    if ranks.count > 1 and config.meta_engine == "reference":
+        raise UserError("--meta-engine reference is for one process: drop it, or start without torchrun.")
+    data: TrainingData | None = None
+    try:
+        with memory.enough(device):
+            with ranks.first_alone():  # who downloads, and makes small copies
+                source = stage(load_source(config) if source is None else source, config, device)
+            data = prepare(source, config, config.seed)
+            with closing(Trainer(config, data, device, ranks)) as trainer:
+                if config.dry_run:
+                    rehearsal.report(trainer)
+                    return None
+                return _run(trainer, begun)
+    except OutOfMemoryError as error:
+        message = str(error)
+        error.__context__ = None  # whose frames hold the tensors
+    # Outside the except block: what was held when memory ran out is free now.
+    fits = rehearsal.batch_size_that_fits(config, data, device) if data is not None and ranks.count == 1 else None
+    raise OutOfMemoryError(message if fits is None else f"{message} --batch-size {fits} fits (it was tried).")
+
+
+def _run(trainer: Trainer, begun: RunFolder | None) -> TrainResult:
+    config, ranks = trainer.config, trainer.ranks
+    if begun is None:
+        default = f"{config.dataset}-{config.method}"
+        folder = RunFolder.create(config.output, config, default) if ranks.first else None
+        begun = RunFolder(Path(ranks.share(None if folder is None else str(folder.path))))
+    elif begun.last.is_file():  # else the run was cut off before its first save
+        trainer.restore(begun.last)
+    if ranks.first:
+        begun.clear_temporary()
+        begun.keep_metrics(trainer.epoch)
+        begun.begin_part({**provenance(ranks.count), "iteration": trainer.step.iteration}, fingerprint(trainer.data))
+    return trainer.run(begun)
+
+
+def restarted(config: Config, ranks: Ranks) -> Config:
+    """Return ``config``, continuing the run if torchrun has started the processes again after a failure (--max-restarts)."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.output is None and ranks.count > 1:
+        raise UserError("torchrun --max-restarts needs to find the run again: name its folder with --output.")
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if again and config.output is not None and RunFolder(Path(config.output)).config.is_file():
+        return replace(config, resume=True)
+    return config
+
+
+@contextlib.contextmanager
+def only_first_prints(ranks: Ranks) -> Iterator[None]:
+    """Keep the other ranks' standard output to themselves: they would say the same."""
+    if ranks.first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def deterministic(enabled: bool) -> Iterator[None]:
+    """Allow, inside the block, only operations that give the same numbers every time.
+
+    Raises:
+        UserError: the model has an operation of which torch knows no such form.
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operation = str(error).split(" does not have")[0].split()[-1]
+        raise UserError(
+            f"--deterministic: torch's {operation} has no such form on this device; choose another --model or --device cpu."
+        ) from None
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,138 @@
+"""Batch normalisation over the batch of all ranks (``--sync-bn``).
+
+torch's ``SyncBatchNorm`` works on GPUs alone and has no forward-mode derivative, which the meta-gradient is made of; so this
+computes the same in plain torch, on any device, with both derivatives. With x̂ = (x − μ)/σ, and the means over all ranks,
+
+    backward: dx = γ/σ (dy − mean dy − x̂ mean(x̂ dy))         forward: ẏ = γ/σ (ẋ − mean ẋ − x̂ mean(x̂ ẋ)) + γ̇ x̂ + β̇
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function
+
+from fastadvisor.runtime.ranks import Ranks
+
+
+class SynchronisedBatchNorm(_BatchNorm):
+    """A batch normalisation of any dimension whose training statistics are those of all ranks' images."""
+
+    ranks: Ranks
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Take whatever has channels second, as the layers that are replaced did."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (B, C, ...)."""
+        if not self.training:
+            return super().forward(input)
+        track = self.track_running_stats and self.running_mean is not None
+        if track and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None and track:  # a cumulative average
+            momentum = 1 / float(self.num_batches_tracked)  # type: ignore[arg-type]  # tracked
+        mean, var = (self.running_mean, self.running_var) if track else (None, None)
+        return batch_norm(input, mean, var, self.weight, self.bias, momentum or 0.0, self.eps, self.ranks)
+
+
+def synchronise(module: nn.Module, ranks: Ranks) -> int:
+    """Make the batch normalisations of ``module`` those of all ranks; return how many there are.
+
+    Layers keep their parameters, buffers and names, so the state dict stays that of the plain model.
+    """
+    plain = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and type(layer) is not nn.SyncBatchNorm]
+    for layer in plain:
+        layer.plain_class = type(layer)  # type: ignore[assignment]  # for separate()
+        layer.__class__ = SynchronisedBatchNorm
+        layer.ranks = ranks  # type: ignore[assignment]  # not a tensor or module
+    return len(plain)
+
+
+def separate(module: nn.Module) -> None:
+    """Undo :func:`synchronise`."""
+    for layer in module.modules():
+        if isinstance(layer, SynchronisedBatchNorm):
+            layer.__class__ = layer.plain_class  # type: ignore[assignment]
+            del layer.plain_class, layer.ranks
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    ranks: Ranks,
+) -> Tensor:
+    """Normalise (B, C, ...) by the statistics of all ranks, and move the running ones; B may differ among ranks."""
+    if has_torch_function((input,)):
+        return handle_torch_function(batch_norm, (input,), input, running_mean, running_var, weight, bias, momentum, eps, ranks)
+    mean, var, count = statistics(input.detach(), ranks)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1).clamp_min(1))).to(running_var.dtype), momentum)
+    scale = torch.ones_like(mean) if weight is None else weight
+    shift = torch.zeros_like(mean) if bias is None else bias
+    return _Normalise.apply(input, scale, shift, mean, (var + eps).rsqrt(), count, ranks)
+
+
+def statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and biased variance a channel (C,), float32 at least, and the number of values a channel, of all ranks.
+
+    Means first and squared distances from the mean of all then: a difference of large sums would lose what it is after.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = [0, *range(2, x.dim())]
+    sums = torch.cat([wide.sum(dims), wide.new_tensor([x.numel() // x.shape[1]])])
+    sums = ranks.total(sums)
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    centred = wide - _shaped(mean, x)
+    return mean, ranks.total(centred.square().sum(dims)) / count, count
+
+
+def tangent_means(
+    x: Tensor, x_dot: Tensor, mean: Tensor, inverse: Tensor, count: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Return the means over all ranks of ẋ and of x̂ ẋ a channel: (C,) each."""
+    wide = x_dot.to(mean.dtype)
+    dims = [0, *range(2, x.dim())]
+    normalised = (x.to(mean.dtype) - _shaped(mean, x)) * _shaped(inverse, x)
+    sums = ranks.total(torch.stack([wide.sum(dims), (wide * normalised).sum(dims)])) / count
+    return sums[0], sums[1]
+
+
+class _Normalise(torch.autograd.Function):
+    """y = γ (x − μ)/σ + β, with μ and σ as functions of x on all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, inverse: Tensor, count: Tensor, ranks: Ranks
+    ) -> Tensor:
+        ctx.save_for_backward(x, gamma, mean, inverse, count)
+        ctx.ranks = ranks
+        slope = gamma * inverse
+        return (x.to(slope.dtype) * _shaped(slope, x) + _shaped(beta - slope * mean, x)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, mean, inverse, count = ctx.saved_tensors
+        dims = [0, *range(2, x.dim())]
+        wide = dy.to(mean.dtype)
+        normalised = (x.to(mean.dtype) - _shaped(mean, x)) * _shaped(inverse, x)
+        of_beta, of_gamma = wide.sum(dims), (wide * normalised).sum(dims)
+        sums = ctx.ranks.total(torch.stack([of_beta, of_gamma])) / count
+        dx = wide - _shaped(sums[0], x) - normalised * _shaped(sums[1], x)
+        dx = (dx * _shaped(gamma * inverse, x)).to(x.dtype)
+        return dx, of_gamma.to(gamma.dtype), of_beta.to(gamma.dtype), None, None, None, None
+
+
+def _shaped(channels: Tensor, like: Tensor) -> Tensor:
+    """Return (C,) as (1, C, 1, ...), to go with ``like``."""
+    return channels.reshape(1, -1, *(1 for _ in like.shape[2:]))

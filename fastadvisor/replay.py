@@ -1,0 +1,114 @@
+"""``fastadvisor replay``: take the step again at which a run met values that are not finite, and find where they begin."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadvisor.assembly import build_step
+from fastadvisor.config import Config, validated
+from fastadvisor.data import Batch
+from fastadvisor.errors import UserError
+from fastadvisor.methods import build_method
+from fastadvisor.models import build_model
+from fastadvisor.runtime import checkpoint
+from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.precision import amp_dtype, pick_device
+from fastadvisor.runtime.random_state import RandomState
+from fastadvisor.step import Step
+from fastadvisor.watch import NonFiniteError
+
+
+def replay(run: Path, *, device: str = "auto") -> dict[str, Any]:
+    """Take the step in RUN/replay.pt again, with every rank's batch in turn, and look at what each module puts out.
+
+    Returns:
+        ``iteration``; ``said`` (the tensor the run named); ``found`` (the one named now, None where all is finite, such as on
+        another device); ``first`` (the first module whose output is not finite, None where it is the loss or a gradient);
+        ``rank`` of the batch; ``ids`` of its images; ``peaks``, the largest absolute output of each module in order.
+
+    Raises:
+        UserError: there is no such state, or it is damaged.
+    """
+    path = run / "replay.pt" if run.is_dir() else run
+    if not path.is_file():
+        raise UserError(f"There is no {path}: a run writes one when it meets values that are not finite (--nan-policy stop).")
+    state = checkpoint.load(path)
+    found: dict[str, Any] = {}
+    with checkpoint.fitting(path):
+        for rank, batches in enumerate(state["batches"]):
+            train, meta = (None if part is None else Batch(*part) for part in batches)
+            assert train is not None
+            step = _rebuilt(state, train, pick_device(device), path)
+            found = {"rank": rank, "ids": train.ids.tolist(), **_take(step, state, train, meta)}
+            if found["found"] is not None:
+                break
+        return {"iteration": state["iteration"], "epoch": state["epoch"] + 1, "said": state["name"], **found}
+
+
+def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Path) -> Step:
+    config = validated(Config, {**state["config"], "pretrained": False, "weights": None, "nan_policy": "stop"})
+    shape = (int(train.images.shape[2]), int(train.images.shape[3]))
+    execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None)
+    model = build_model(config, len(state["classes"]), shape)
+    checkpoint.load_model_state(model.model, state["model"], path)
+    method = build_method(config, model.head.in_features, len(state["classes"]))
+    model.to(device)
+    if method.advisor is not None:
+        method.advisor.to(device)
+    step = build_step(config, model, method, execution, shape)
+    step.optimizer.load_state_dict(state["optimizer"])
+    if method.advisor is not None and step.advisor_optimizer is not None:
+        checkpoint.load_model_state(method.advisor, state["advisor"], path)
+        step.advisor_optimizer.load_state_dict(state["advisor_optimizer"])
+    step.engine.load_state_dict(state["engine"])
+    execution.load_state_dict(state["execution"])
+    step.iteration = state["iteration"] - 1
+    return step
+
+
+def _take(step: Step, state: dict[str, Any], train: Batch, meta: Batch | None) -> dict[str, Any]:
+    device = step.execution.device
+    train = Batch(*(tensor.to(device) for tensor in train))
+    meta = None if meta is None else Batch(*(tensor.to(device) for tensor in meta))
+    before = RandomState(state["random_before"]["cpu"], state["random_before"]["cuda"] if device.type == "cuda" else {})
+    peaks: list[tuple[str, float]] = []
+    modules: dict[str, nn.Module] = {"classifier": step.model.model}
+    if step.method.advisor is not None:
+        modules["advisor"] = step.method.advisor
+    name: str | None = None
+    step.model.train()
+    with before.replayed(), _listening(modules, peaks):
+        try:
+            step(train, meta)
+        except NonFiniteError as error:
+            name = error.name
+    first = next((module for module, peak in peaks if not abs(peak) < float("inf")), None)
+    return {"found": name, "first": first, "peaks": peaks}
+
+
+@contextmanager
+def _listening(modules: dict[str, nn.Module], peaks: list[tuple[str, float]]) -> Iterator[None]:
+    """Put the largest absolute output of every innermost module into ``peaks``, in the order of the passes."""
+
+    def listen(name: str) -> Any:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                peaks.append((f"{name} ({type(module).__name__})", float(output.detach().abs().max())))
+
+        return note
+
+    handles = [
+        module.register_forward_hook(listen(f"{prefix} {name}".strip()))
+        for prefix, whole in modules.items()
+        for name, module in whole.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

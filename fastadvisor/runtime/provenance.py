@@ -1,0 +1,69 @@
+"""Where a run came from: command, versions, commit, and a fingerprint of its data."""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadvisor.data.images import ArrayImages, Images
+from fastadvisor.data.types import TrainingData
+from fastadvisor.runtime.environment import environment
+
+
+def provenance(ranks: int, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return when, how and with what this part of a run was started, as plain values for ``run.json``."""
+    return {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": list(sys.argv if argv is None else argv),
+        "ranks": ranks,
+        "commits": {"fastadvisor": git_commit(Path(__file__).parent), "working folder": git_commit(Path.cwd())},
+        "versions": environment(),
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """Return the commit of the repository that ``folder`` lies in, with ``+changes`` if files differ from it; None without."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *args: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def fingerprint(data: TrainingData) -> str:
+    """Return a digest of what a run learns from and is tested on: names and sizes (of images in memory the pixels), labels
+    after corruption, and which samples are for training and for the meta-set.
+    """
+    digest = hashlib.sha256()
+    digest.update("\0".join(data.classes).encode())
+    rows = np.unique(np.concatenate([data.train_ids.cpu().numpy(), data.meta_ids.cpu().numpy()]))
+    _add_images(digest, data.images, rows)
+    _add_images(digest, data.test.images, np.arange(len(data.test)))
+    for tensor in (data.labels[torch.from_numpy(rows)], data.train_ids, data.meta_ids, data.test.labels):
+        _add(digest, tensor)
+    return digest.hexdigest()[:32]
+
+
+def _add_images(digest: Any, images: Images, rows: Any) -> None:
+    if isinstance(images, ArrayImages):
+        for start in range(0, len(rows), 4096):  # not a second copy of all of them
+            _add(digest, images.pixels[torch.from_numpy(rows[start : start + 4096])])
+        return
+    digest.update("\0".join(images.name(row).rsplit("/", 1)[-1] for row in rows.tolist()).encode())
+    digest.update(images.sizes(rows).tobytes())
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
