@@ -174,7 +174,7 @@ class Step:
         with self.execution():
             loss = self.method.loss(shared.features, shared.batch.labels, self.model.head, advice)
         if number == 0:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
         self.advice = advice.detach()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         share = loss if self.accumulate == 1 else loss / self.accumulate

@@ -1,0 +1,30 @@
+"""The optimizer benchmark times all implementations, and none where one is wrong."""
+
+import copy
+import itertools
+import json
+
+import pytest
+
+from benchmarks import optimizers as benchmark
+
+ARGUMENTS = ["--model", "resnet8", "--device", "cpu", "--steps", "1", "--rounds", "1"]
+
+
+def test_the_benchmark_times_all_implementations(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    benchmark.main([*ARGUMENTS, "--json", str(tmp_path / "o.json")])
+    result = json.loads((tmp_path / "o.json").read_text())
+    cases = {f"{name} {one}" for name, one in itertools.product(("sgd", "adamw"), ("for-loop", "foreach", "fused"))}
+    assert result["ms"].keys() == result["difference"].keys() == cases
+    assert all(ms > 0 for ms in result["ms"].values())
+    assert "python -m benchmarks.optimizers --model resnet8" in capsys.readouterr().out
+
+
+def test_the_benchmark_times_nothing_that_is_off(monkeypatch, capsys):
+    off = copy.deepcopy(benchmark.IMPLEMENTATIONS)
+    off["fused"]["nesterov"] = True
+    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", off)
+    with pytest.raises(SystemExit, match=r"sgd fused is off by .* so nothing is timed"):
+        benchmark.main(ARGUMENTS)
+    assert not capsys.readouterr().out
