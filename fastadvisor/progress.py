@@ -22,6 +22,8 @@ class Progress:
         self.seconds = 0.0
         self.waited = 0.0
         """Of these, without a batch to train on."""
+        self.saturated: dict[str, float] = {}
+        """What the advisor's outputs looked like when it was saved, for an epoch that is continued after its last step."""
         self.losses: Tensor = torch.zeros(2, device=device)
         """Of the training and of the meta batches."""
 
@@ -42,10 +44,11 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as CPU tensors and plain values."""
-        return {**self.__dict__, "losses": self.losses.cpu().clone()}
+        return {**self.__dict__, "saturated": dict(self.saturated), "losses": self.losses.cpu().clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
         self.losses = state["losses"].to(self.losses.device)
         self.step, self.images, self.meta_steps = int(state["step"]), int(state["images"]), int(state["meta_steps"])
+        self.saturated = {str(name): float(share) for name, share in state["saturated"].items()}
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])

@@ -2,12 +2,14 @@
 
 import copy
 import math
+import random
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -38,6 +40,9 @@ from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
 from fastadvisor.step import StepResult
 from fastadvisor.watch import Collapse, NonFiniteError
 
+KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}
+"""What parts of a checkpoint are taken as they are, without anything that would look at them."""
+
 RANK_STRIDE = 2**33
 """Between the seeds of two ranks: beyond any seed of a run."""
 
@@ -64,7 +69,7 @@ class Trainer:
         use_tf32(config.tf32)
         self.execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None, ranks)
         self.data = data = self.loaders.data
-        torch.manual_seed(config.seed)
+        seed_everything(config.seed)
         shape = (self.loaders.size, self.loaders.size)
         self.model = build_model(config, len(data.classes), shape)
         if config.weights is not None:
@@ -95,7 +100,7 @@ class Trainer:
         self.folder: RunFolder | None = None
         self._bad_reported = 0
         if ranks.rank:  # what follows is drawn for this rank's images alone
-            torch.manual_seed(config.seed + RANK_STRIDE * ranks.rank)
+            seed_everything(config.seed + RANK_STRIDE * ranks.rank)
 
     def _check_batches_of_one(self, shape: tuple[int, int]) -> None:
         """Find out before the first step, not in it, whether the model normalises over a single value."""
@@ -199,6 +204,7 @@ class Trainer:
             wish = self.clock.wish(self.step.iteration)
             if wish is Wish.STOP or (wish is Wish.SAVE and index + 1 < steps):
                 progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
+                progress.saturated = self.collapse.look(self.step.advice)
                 self._save()
                 if wish is Wish.STOP:
                     raise self._interrupted()
@@ -206,7 +212,7 @@ class Trainer:
         progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
         loss, meta_loss = progress.means(self.ranks)
         self._check_finite(loss)
-        advice = self.collapse.look(self.step.advice)
+        advice = progress.saturated if self.step.advice is None else self.collapse.look(self.step.advice)
         if (sentence := self.collapse.sentence(advice)) is not None:
             tqdm.write(sentence)
         tested = asdict(self.test())
@@ -224,7 +230,8 @@ class Trainer:
             "images_per_second": self.ranks.count * progress.images / progress.seconds,
             "waiting_share": progress.waited / progress.seconds,
             "bad_images": self.loaders.bad_count(),
-            "step_ms_median": step_ms(times, self.step.interval),
+            # An epoch that is continued after its last step has no times.
+            "step_ms_median": step_ms(times, self.step.interval) if times else 1000 * progress.seconds / steps,
             "seconds": progress.seconds,
         }
 
@@ -363,6 +370,9 @@ class Trainer:
             self._restore(state, path)
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
+        for key, kind in KINDS.items():
+            if not isinstance(state[key], kind):
+                raise TypeError(f"{key} is {type(state[key]).__name__}")
         if state["classes"] != self.data.classes:
             raise UserError(f"{path} was trained on other classes than the data set has now; restore the data, or start anew.")
         checkpoint.load_model_state(self.model.model, state["model"], path)
@@ -393,9 +403,10 @@ class Trainer:
         """Write ``last.pt``; with ``best`` also ``best.pt``, if the last test was the best one."""
         state = self.state()
         if self.ranks.first and self.folder is not None:
-            self.folder.save_last(state, self.config.keep, self.step.iteration)
+            # The best first: were it second, a process killed between the two would go on without ever writing it.
             if best and self.history[-1]["test_top1"] >= max(record["test_top1"] for record in self.history):
                 checkpoint.save(self.folder.best, state)
+            self.folder.save_last(state, self.config.keep, self.step.iteration)
         self.clock.saved()
 
     def meta_gradient(self) -> str | None:
@@ -418,6 +429,13 @@ class Trainer:
             "versions": environment(),
             "device": str(self.device),
         }
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators, and numpy's and Python's, which data sets and models of others may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def step_ms(times: list[float], interval: int) -> float | None:

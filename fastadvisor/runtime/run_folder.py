@@ -6,6 +6,7 @@ Another run never overwrites what is in it, and a crash leaves each file either 
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -38,6 +39,10 @@ MAY_DIFFER = (
     "nan_policy",
     "dry_run",
 )
+
+
+TEMPORARY = re.compile(r"\.config\.yaml\.\d+\.tmp")
+"""All that a process leaves which was killed while it made its folder."""
 
 
 class RunFolder:
@@ -257,7 +262,7 @@ def _check_empty(path: Path) -> None:
         return
     if not path.is_dir():
         raise UserError(f"--output {path} is a file; name a folder.")
-    found = {entry.name for entry in path.iterdir()}
+    found = {entry.name for entry in path.iterdir() if not TEMPORARY.fullmatch(entry.name)}
     if found.intersection(RUN_FILES):
         raise UserError(f"Output folder {path} already holds a run; choose another --output, or add --resume to continue it.")
     if found:
