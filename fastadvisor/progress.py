@@ -18,6 +18,8 @@ class Progress:
         """Iterations taken."""
         self.images = 0
         """Trained on, by this rank."""
+        self.steps = 0
+        """Those whose losses are in the sums: the others were left out."""
         self.meta_steps = 0
         self.seconds = 0.0
         self.waited = 0.0
@@ -31,6 +33,9 @@ class Progress:
         """Count an iteration."""
         self.step += 1
         self.images += images
+        if result.skipped:
+            return
+        self.steps += 1
         self.losses[0] += result.loss
         if result.meta_loss is not None:
             self.losses[1] += result.meta_loss
@@ -40,7 +45,7 @@ class Progress:
         """Return the mean training loss and the mean meta loss (None without a meta step), over all ranks."""
         (sums,) = ranks.average([self.losses])
         loss, meta_loss = sums.tolist()
-        return loss / max(self.step, 1), meta_loss / self.meta_steps if self.meta_steps else None
+        return loss / self.steps if self.steps else float("nan"), meta_loss / self.meta_steps if self.meta_steps else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as CPU tensors and plain values."""
@@ -49,6 +54,7 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
         self.losses = state["losses"].to(self.losses.device)
-        self.step, self.images, self.meta_steps = int(state["step"]), int(state["images"]), int(state["meta_steps"])
+        self.step, self.steps, self.meta_steps = int(state["step"]), int(state["steps"]), int(state["meta_steps"])
+        self.images = int(state["images"])
         self.saturated = {str(name): float(share) for name, share in state["saturated"].items()}
         self.seconds, self.waited = float(state["seconds"]), float(state["waited"])

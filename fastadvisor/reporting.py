@@ -32,6 +32,7 @@ def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -
         "many_medium_few": last["test_many_medium_few"],
         "images_per_second": median([record["images_per_second"] for record in history]),
         "step_ms_median": median([record["step_ms_median"] for record in history]),
+        "skipped_steps": last["skipped_steps"],
         "waiting_share": median([record["waiting_share"] for record in history]),
         "train_seconds": sum(record["seconds"] for record in history),
         "train_size": len(data.train_ids),

@@ -32,6 +32,8 @@ class StepResult(NamedTuple):
     loss: Tensor
     meta_loss: Tensor | None
     """None in an iteration without a meta step."""
+    skipped: bool = False
+    """Whether the classifier's step was left out, or the advisor's, because something was not finite."""
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Step:
             NonFiniteError: the watch found something, and does not skip.
         """
         self.iteration += 1
+        skipped, statistics = 0 if self.watch is None else self.watch.skipped, self._statistics()
         if meta is None or not self.method.learns:
             parts = (self.loss_pre_calculation(part, with_meta_step=False) for part in train.split(self.accumulate))
             result = StepResult(self.actual_train(parts), None)
@@ -85,7 +88,15 @@ class Step:
             meta_loss = self.virtual_and_meta_train(shared, meta)
             result = StepResult(self.actual_train(shared), meta_loss)
         self.execution.end_iteration()
-        return result
+        if self.watch is None or self.watch.skipped == skipped:
+            return result
+        for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+        return result._replace(skipped=True)
+
+    def _statistics(self) -> list[Tensor]:
+        """Return copies of the running statistics, if this step may turn out not to have been: a forward pass moves them."""
+        return [buffer.clone() for buffer in self.model.buffers()] if self.watch is not None and self.watch.skip else []
 
     def loss_pre_calculation(self, train: Batch, plan: Plan | None = None, *, with_meta_step: bool = True) -> SharedForward:
         """(a) Run the backbone once, and the head on its unmasked features. ``plan``: the engine's, if it has been asked."""

@@ -1,0 +1,270 @@
+"""Values that are not finite, an advisor that has collapsed, memory that runs out: noticed, named, and replayed."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+
+from fastadvisor import cli, launch, rehearsal
+from fastadvisor.config import Config, resolve
+from fastadvisor.data import load_source, prepare
+from fastadvisor.errors import UserError
+from fastadvisor.launch import train_config
+from fastadvisor.methods import Advice
+from fastadvisor.replay import replay
+from fastadvisor.runtime import checkpoint
+from fastadvisor.step import Step
+from fastadvisor.trainer import Trainer
+from fastadvisor.watch import Collapse, NonFiniteError, Watch
+from tests.faults.kills import same
+
+QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
+CPU = torch.device("cpu")
+
+
+def settings(output, **changes):
+    return resolve(Config, **{**QUIET, "epochs": 2, "output": str(output), **changes})
+
+
+def trainer(**changes):
+    config = resolve(Config, **{**QUIET, "epochs": 2, **changes})
+    return Trainer(config, prepare(load_source(config), config, config.seed), CPU)
+
+
+def spoil(monkeypatch, iteration, damage):
+    """Let ``damage`` change the batch, the model or the advisor right before that iteration."""
+    batches = Trainer.batches
+
+    def spoilt(self, phase):
+        train, meta = batches(self, phase)
+        if self.step.iteration + 1 == iteration:
+            train = damage(self.step, train) or train
+        return train, meta
+
+    monkeypatch.setattr(Trainer, "batches", spoilt)
+
+
+def infinite_image(step, train):
+    images = train.images.clone()
+    images[3, 0, 2, 2] = float("inf")
+    return train._replace(images=images)
+
+
+def infinite_advice(step, train):
+    with torch.no_grad():
+        step.method.advisor.to_mask.bias[5] = float("nan")
+
+
+def infinite_weight(step, train):
+    with torch.no_grad():
+        next(step.model.parameters()).view(-1)[0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says", "first"),
+    [
+        (infinite_image, "the advisor's mask", "classifier conv1 (Conv2d)"),
+        (infinite_advice, "the advisor's mask", "advisor to_mask (Linear)"),
+        (infinite_weight, "the advisor's mask", "classifier conv1 (Conv2d)"),
+    ],
+)
+def test_the_run_stops_names_the_tensor_and_can_be_replayed(tmp_path, monkeypatch, capsys, damage, says, first):
+    spoil(monkeypatch, 6, damage)
+    with pytest.raises(UserError, match=rf"Iteration 6 \(epoch 2\): {says} is not finite. The batch \(ids \d+, .*--nan-policy"):
+        train_config(settings(tmp_path / "run", method="mfrw-mes", nan_policy="stop"))
+    monkeypatch.undo()
+    found = replay(tmp_path / "run", device="cpu")
+    assert (found["iteration"], found["epoch"], found["said"], found["rank"]) == (6, 2, says, 0)
+    assert found["found"] == found["said"]
+    assert found["first"] == first
+    assert len(found["ids"]) == 100
+    capsys.readouterr()
+    assert cli.main(["replay", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert f"now: the same.\nThe first output that is not finite is that of {first}." in capsys.readouterr().out
+    last = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert last["iteration"] == 4  # the older checkpoint is left alone
+
+
+def test_the_replayed_step_is_the_one_that_was_taken(tmp_path, monkeypatch):
+    """Same numbers, not only the same fault: the peaks of the modules, which hang on weights, batch and random state."""
+    spoil(monkeypatch, 6, infinite_advice)
+    with pytest.raises(UserError):
+        train_config(settings(tmp_path / "run", method="mfrw-mes", model="resnet8"))
+    first, second = (replay(tmp_path / "run", device="cpu") for _ in range(2))
+    assert str(first["peaks"]) == str(second["peaks"])
+    state = checkpoint.load(tmp_path / "run" / "replay.pt")
+    assert state["batches"][0][0][2].tolist() == first["ids"]
+
+
+def test_replay_without_a_state(tmp_path):
+    with pytest.raises(UserError, match=r"There is no .*replay.pt: a run writes one"):
+        replay(tmp_path)
+    (tmp_path / "replay.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="damaged"):
+        replay(tmp_path)
+    checkpoint.save(tmp_path / "replay.pt", {"a": 1})
+    with pytest.raises(UserError, match="does not fit this run"):
+        replay(tmp_path)
+
+
+def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
+    run = trainer(method="mfrw-mes", nan_policy="skip")
+    run.step(*run.batches(run.phases[0]))
+    before = [p.detach().clone() for p in (*run.model.parameters(), *run.method.advisor.parameters())]
+    statistics = [buffer.clone() for buffer in run.model.buffers()]
+    optimizers = [json.dumps(str(o.state_dict())) for o in (run.step.optimizer, run.step.advisor_optimizer)]
+    train, meta = run.batches(run.phases[0])
+    run.step(infinite_image(run.step, train), meta)
+    assert run.step.watch.skipped == 2  # the advisor's step and the classifier's
+    assert all(torch.equal(a, b) for a, b in zip(statistics, run.model.buffers(), strict=True))
+    after = [*run.model.parameters(), *run.method.advisor.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert optimizers == [json.dumps(str(o.state_dict())) for o in (run.step.optimizer, run.step.advisor_optimizer)]
+    run.step(*run.batches(run.phases[0]))
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+    monkeypatch.undo()
+    spoil(monkeypatch, 3, infinite_image)
+    result = train_config(settings(tmp_path / "run", method="mfrw", nan_policy="skip"))
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [2, 2]
+    assert result.summary["skipped_steps"] == 2
+
+
+def test_the_watch_changes_no_number(tmp_path):
+    ends = [
+        train_config(settings(tmp_path / policy, nan_policy=policy, method="mfrw-mes")).model.state_dict()
+        for policy in ("stop", "skip", "ignore")
+    ]
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])
+
+
+def test_what_the_watch_calls_finite():
+    watch = Watch()
+    big = torch.full((10_000,), 3e38)  # whose squares are not
+    assert watch.passes({"big": big, "none": None}, {"gradient": big})
+    for value in (float("inf"), float("-inf"), float("nan")):
+        with pytest.raises(NonFiniteError) as found:
+            watch.passes({"good": torch.zeros(2), "bad": torch.tensor([0.0, value])}, {"worse": torch.tensor([value])})
+        assert found.value.name == "bad"
+    assert Watch(gradients=False).passes({"good": torch.zeros(2)}, {"worse": torch.tensor([float("nan")])})
+
+
+def test_a_collapsed_advisor_is_reported_once(tmp_path, monkeypatch, capsys):
+    collapse = Collapse()
+    assert collapse.sentence(collapse.look(Advice(mask=torch.randn(4, 8)))) is None
+    shares = collapse.look(Advice(mask=torch.full((4, 8), -20.0), equalisation=torch.zeros(4, 3)))
+    assert shares == {"mask_saturated": 1.0, "equalisation_saturated": 0.0}
+    assert "The advisor has collapsed: 100.0 % of its mask" in collapse.sentence(shares)
+    assert collapse.sentence(shares) is None
+    assert collapse.look(None) == {}
+
+    def saturate(step, train):
+        with torch.no_grad():
+            step.method.advisor.to_mask.bias.fill_(30.0)
+
+    spoil(monkeypatch, 1, saturate)
+    result = train_config(settings(tmp_path / "run", method="mfrw"))
+    assert capsys.readouterr().out.count("The advisor has collapsed") == 1
+    [first, _] = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert first["mask_saturated"] == 1.0
+
+
+@contextlib.contextmanager
+def memory_for(images, monkeypatch):
+    """A machine whose memory ends at a batch of so many images."""
+    call = Step.__call__
+
+    def limited(self, train, meta):
+        if len(train.labels) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(self, train, meta)
+
+    monkeypatch.setattr(Step, "__call__", limited)
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("images", "says"), [(30, "--batch-size 25 fits"), (50, "--batch-size 50 fits"), (0, "smaller --model.")]
+)
+def test_out_of_memory_names_the_batch_size_that_fits(tmp_path, monkeypatch, images, says):
+    with memory_for(images, monkeypatch), pytest.raises(UserError, match="Out of memory") as error:
+        train_config(settings(tmp_path / "run", method="mfrw"))
+    assert says in str(error.value)
+
+
+def test_the_search_for_a_batch_size_respects_micro_batches(tmp_path, monkeypatch):
+    tried = []
+
+    def fails(config, data, device):
+        tried.append((config.batch_size, config.meta_batch_size))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(rehearsal, "Trainer", fails)
+    config = settings(tmp_path / "run", batch_size=60, meta_batch_size=18, accumulate=3)
+    assert rehearsal.batch_size_that_fits(config, None, CPU) is None
+    assert tried == [(30, 18), (15, 15), (6, 6), (3, 3)]
+
+
+def test_a_dry_run_writes_nothing_and_says_how_long_it_would_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--dry-run", "--device", "cpu", "--epochs", "1000", "--approx-meta"]) == 0
+    out = capsys.readouterr().out
+    assert "mean of 10" in out
+    assert "4,000 iterations in 1000 epochs would take about" in out
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    assert cli.main(["train", "--dry-run", "--device", "cpu", "--output", "file/under"]) == 2
+    assert "Output folder file/under cannot be written" in capsys.readouterr().err
+    with pytest.raises(UserError, match="dry_run trains nothing"):
+        launch.train(dry_run=True, **QUIET)
+
+
+def test_the_same_seed_gives_the_same_weights_with_deterministic_operations_too(tmp_path):
+    ends = [train_config(settings(tmp_path / name, deterministic=True)).model.state_dict() for name in ("a", "b")]
+    assert same(*ends)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_deterministic_form_is_named(tmp_path, monkeypatch):
+    def refuse(self, train, meta):
+        raise RuntimeError("adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but you set ...")
+
+    monkeypatch.setattr(Step, "__call__", refuse)
+    with pytest.raises(UserError, match="--deterministic: torch's adaptive_max_pool2d_backward_cuda has no such form"):
+        train_config(settings(tmp_path / "run", deterministic=True))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_other_data_are_noticed_when_a_run_is_resumed(tmp_path):
+    labels = tmp_path / "labels.txt"
+    count = len(load_source(resolve(Config, **QUIET)).train)
+    labels.write_text("\n".join(str(i % 10) for i in range(count)))
+    changes = {"method": "ce", "labels": str(labels), "imbalance_factor": 1}
+    train_config(settings(tmp_path / "run", **changes))
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert about["parts"][0]["versions"]["torch"] == torch.__version__
+    labels.write_text("\n".join(str((i + 1) % 10) for i in range(count)))
+    with pytest.raises(UserError, match=r"The data are not those .*run was trained on.*or delete .*run.json"):
+        train_config(settings(tmp_path / "run", resume=True, **changes))
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run.json is damaged; delete it"):
+        train_config(settings(tmp_path / "run", resume=True, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": "l2rw", "accumulate": 2}, "--method l2rw needs the batch as a whole"),
+        ({"method": "mw-net", "weight_normalization": "sum", "accumulate": 2}, "--weight-normalization sum needs the batch"),
+        ({"advisor_inputs": "attached", "accumulate": 2}, "--advisor-inputs attached needs the batch as a whole"),
+        ({"virtual_step": "optimizer", "optimizer": "adamw"}, "--virtual-step optimizer knows sgd alone"),
+    ],
+)
+def test_settings_that_exclude_each_other(tmp_path, monkeypatch, changes, says):
+    monkeypatch.setattr(launch, "load_source", lambda config: pytest.fail("data was read"))
+    with pytest.raises(UserError, match=says):
+        train_config(settings(tmp_path / "run", **changes))
