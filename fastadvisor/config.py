@@ -304,7 +304,8 @@ def read_layer(name: str) -> dict[str, Any]:
     else:
         raise UserError(f"No recipe or file {name!r}.{nearest(name, recipes.names())} Recipes: {', '.join(recipes.names())}.")
     try:
-        layer = yaml.safe_load(text) or {}
+        layer = yaml.safe_load(text)
+        layer = {} if layer is None else layer  # an empty file
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     # ValueError: something like a date with a 13th month.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
