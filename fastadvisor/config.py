@@ -305,14 +305,15 @@ def read_layer(name: str) -> dict[str, Any]:
         raise UserError(f"No recipe or file {name!r}.{nearest(name, recipes.names())} Recipes: {', '.join(recipes.names())}.")
     try:
         layer = yaml.safe_load(text)
-        layer = {} if layer is None else layer  # an empty file
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     # ValueError: something like a date with a 13th month.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{name} is not readable as YAML: {' '.join(str(error).split())}.") from None
+    if layer is None:  # an empty file
+        return {}
     if not isinstance(layer, dict):
         raise UserError(f"{name} must hold lines of 'key: value', as in 'epochs: 30'.")
-    keys = [key.value for key, _ in node.value] if node is not None else []
+    keys = [key.value for key, _ in node.value]
     for key in layer:
         if keys.count(key) > 1:  # YAML would take the last one
             raise UserError(f"{name} sets {key} {keys.count(key)} times; keep one of the lines.")

@@ -114,7 +114,7 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
     config.pretrained, config.weights = False, None  # the weights come from the checkpoint
     test, size = build_test_loader(config, data, chosen)
     model = build_model(config, len(data.classes), (size, size))
-    state = checkpoints.read(path) if checkpoint == "model" else checkpoints.load(path)["model"]
+    state = checkpoints.classifier(path)
     checkpoints.load_model_state(model.model, state, path)
     with memory.enough(chosen), closing(test):
         result = accuracy(

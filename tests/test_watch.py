@@ -17,6 +17,7 @@ from fastadvisor.runtime import checkpoint
 from fastadvisor.step import Step
 from fastadvisor.trainer import Trainer
 from fastadvisor.watch import Collapse, NonFiniteError, Watch
+from tests.faults import soak
 from tests.faults.kills import same
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
@@ -170,6 +171,15 @@ def test_a_collapsed_advisor_is_reported_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("The advisor has collapsed") == 1
     [first, _] = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert first["mask_saturated"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "flags", [["--method", "mfrw-mes"], ["--approx-meta"], ["--amp", "--ema-decay", "0.9", "--accumulate", "2"]]
+)
+def test_a_long_training_holds_no_more_tensors_than_a_short_one(flags):
+    """``python -m tests.faults.soak`` watches the memory of ten thousand iterations (docs/reliability.md)."""
+    counts = [tensors for _, _, tensors in soak.soak(24, 4, flags, say=lambda _: None)]
+    assert max(counts[2:]) <= max(counts[:2])
 
 
 @contextlib.contextmanager

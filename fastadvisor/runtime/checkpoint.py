@@ -148,8 +148,21 @@ def load_weights(module: torch.nn.Module, name: str) -> None:
         UserError: missing, damaged, or of another model.
     """
     path = Path(name).expanduser()
+    load_model_state(module, classifier(path), path)
+
+
+def classifier(path: Path) -> dict[str, Any]:
+    """Return the state dict of the classifier in a checkpoint, the average of its weights if there is one, or in ``model.pt``.
+
+    Raises:
+        UserError: as :func:`read`, or the checkpoint is of another version, or holds no classifier.
+    """
     state = read(path)
-    load_model_state(module, state["model"] if state.get("format") == FORMAT else state, path)
+    if "format" not in state:
+        return state
+    state = load(path)
+    with fitting(path):
+        return dict(state["model"] if state["average"] is None else state["average"]["model"])
 
 
 def random_states() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """torch's DataLoader: a worker process makes a whole batch, with torchvision's decoder and transforms."""
 
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -130,5 +131,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _modest(worker: int) -> None:
-    """A worker holds one batch; it has no use for the heap that a training step wants kept."""
+    """A worker holds one batch; it has no use for the heap that a training step wants kept. Signals sent to all processes of a
+    run, as by Ctrl-C, are for the run to answer: it ends its workers itself.
+    """
     return_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
