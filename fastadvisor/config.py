@@ -309,7 +309,7 @@ def read_layer(name: str) -> dict[str, Any]:
     # ValueError: something like a date with a 13th month.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{name} is not readable as YAML: {' '.join(str(error).split())}.") from None
-    if layer is None:  # an empty file
+    if layer is None or node is None:  # an empty file
         return {}
     if not isinstance(layer, dict):
         raise UserError(f"{name} must hold lines of 'key: value', as in 'epochs: 30'.")
