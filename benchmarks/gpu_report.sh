@@ -4,6 +4,8 @@
 #
 #     bash benchmarks/gpu_report.sh [FOLDER]        default: $OUT, else benchmarks/results/gpu
 #
+# PARTS names what to run, and so what has no room in the ten minutes: PARTS="precision optimizers" bash benchmarks/gpu_report.sh
+#
 # Leaves at most ten files in FOLDER (texts, JSON, Markdown). PYTHON names the interpreter; WHEELS a folder of wheels to
 # install without a network (tyro and pydantic are what a machine that has torch usually lacks). A part that fails does not
 # stop the others; the exit status says whether one did.
@@ -26,10 +28,12 @@ if not torch.cuda.is_available():
     sys.exit("There is no GPU here: pytest runs the kernels through Triton's interpreter instead.")
 PY
 
+PARTS=${PARTS:-tests kernels-bfloat16 kernels-float32 tune step loaders}
 failed=0
 part() { # part SECONDS NAME COMMAND...: run it, keep what it prints, go on whatever happens
     local seconds=$1 name=$2
     shift 2
+    [[ " $PARTS " == *" $name "* ]] || return 0
     echo "== $name: $*"
     timeout "$seconds" "$@" >"$FOLDER/$name.txt" 2>&1 || { status=$?; failed=1; echo "   FAILED or out of time (status $status)"; }
     tail -n 3 "$FOLDER/$name.txt"
@@ -43,5 +47,7 @@ part 70 kernels-float32 "$PYTHON" -m benchmarks.kernels --dtypes float32 --only 
 part 55 tune "$PYTHON" -m benchmarks.kernels --tune --seconds 15
 part 60 step "$PYTHON" -m benchmarks.step --no-memory --json "$FOLDER/step.json"
 part 110 loaders "$PYTHON" -m benchmarks.loaders --workers 8,16 --rounds 3 --images 2048 --train resnet50 --json "$FOLDER/loaders.json"
+part 200 precision "$PYTHON" -m benchmarks.precision --json "$FOLDER/precision.json" -- --epochs 40 --no-progress
+part 60 optimizers "$PYTHON" -m benchmarks.optimizers --model resnet50 --json "$FOLDER/optimizers.json"
 echo "In $FOLDER: $(ls "$FOLDER" | tr '\n' ' ')"
 exit $failed

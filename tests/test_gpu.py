@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import precision
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import build_loaders, load_source, prepare
 from fastadvisor.data.loaders import dali
@@ -17,6 +18,7 @@ from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.trainer import Trainer
 from fastadvisor_kernels import Bernoulli, backend, mes_cross_entropy, reweight_features, tangent_loss
 from tests.data.photos import write_photos
+from tests.distributed.test_equivalence import torchrun
 from tests.kernels.exercise import exercise
 from tests.metagrad.problem import Problem, plain, problem, relative
 
@@ -52,7 +54,7 @@ def test_forward_equals_double_backward(method):
     ids=["exact", "exact-amp", "approx", "approx-amp"],
 )
 def test_a_step_never_waits_for_the_device(changes):
-    config = resolve(Config, **changes, **QUIET)
+    config = resolve(Config, **{"nan_policy": "ignore", "ema_decay": 0.9, "clip_grad_norm": 1.0, **changes}, **QUIET)
     run = Trainer(config, prepare(load_source(config), config, 0), torch.device("cuda"))
     run.step(*run.batches(run.phases[0]))
     torch.cuda.set_sync_debug_mode("error")
@@ -188,3 +190,26 @@ def test_compute_sanitizer_finds_nothing(tool):
     if "not supported" in done.stdout:
         pytest.skip("compute-sanitizer refuses this device")
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_mixed_precision_keeps_the_meta_gradient():
+    """The gate of ``python -m benchmarks.precision``, bfloat16 and float16, every method, on trained weights."""
+    config = resolve(Config, **QUIET, epochs=10)
+    found = list(precision.cosines(precision.trained(config), 2))
+    assert {dtype for _, dtype, _ in found} == {"bfloat16", "float16"}
+    assert [row for row in found if not row[2] >= precision.GATE] == []
+
+
+def test_float16_trains_with_its_loss_scale(tmp_path):
+    result = train_config(resolve(Config, **QUIET, epochs=10, amp=True, amp_dtype="float16", output=str(tmp_path / "run")))
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state["execution"]["scale"] >= 1
+    assert all(value.isfinite().all() for value in result.model.state_dict().values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_by_torchrun(tmp_path):
+    """NCCL; on one GPU, and without any, tests/distributed does this with gloo."""
+    done = torchrun(2, "fastadvisor", "train", "--epochs", "3", "--sync-bn", "--amp", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model.pt").is_file()
