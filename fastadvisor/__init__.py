@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from fastadvisor.config import Config
     from fastadvisor.errors import UserError
     from fastadvisor.evaluation import evaluate_run as evaluate
+    from fastadvisor.export import export_run as export
     from fastadvisor.launch import train
     from fastadvisor.trainer import TrainResult
 
-__all__ = ["Config", "TrainResult", "UserError", "__version__", "compare", "evaluate", "train"]
+__all__ = ["Config", "TrainResult", "UserError", "__version__", "compare", "evaluate", "export", "train"]
 
 _HOMES = {
     "Config": ("fastadvisor.config", "Config"),
@@ -20,6 +21,7 @@ _HOMES = {
     "UserError": ("fastadvisor.errors", "UserError"),
     "compare": ("fastadvisor.comparison", "compare"),
     "evaluate": ("fastadvisor.evaluation", "evaluate_run"),
+    "export": ("fastadvisor.export", "export_run"),
     "train": ("fastadvisor.launch", "train"),
 }
 

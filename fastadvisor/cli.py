@@ -35,6 +35,7 @@ commands:
   train      train one classifier; without flags on the data set that comes along (under a minute on two CPU cores)
   compare    train with several methods and seeds, and print a table
   evaluate   test a finished run again
+  export     write the plain classifier as state dict, torch.export program and ONNX
   replay     find where values that are not finite began, after a run that stopped for them
   data check count, open and compare all images of a data set: classes, broken files, duplicates, overlap
   recipes    list the settings that come along, for --config
@@ -113,6 +114,7 @@ def dispatch(args: list[str]) -> int:
         "train": run_train,
         "compare": run_compare,
         "evaluate": run_evaluate,
+        "export": run_export,
         "replay": run_replay,
         "data": run_data,
         "recipes": run_recipes,
@@ -163,6 +165,26 @@ def run_evaluate(args: list[str]) -> None:
 
     result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
     print(json.dumps(result, indent=2) if flags.json else table(result_rows(result)))
+
+
+def run_export(args: list[str]) -> None:
+    """``fastadvisor export``."""
+    parser = Parser("fastadvisor export", "Write the plain classifier of a run, compared with the original on test images.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="where to (default: RUN/export)")
+    parser.add_argument("--formats", default="state-dict,torch-export,onnx", help="separated by commas (default: all three)")
+    parser.add_argument("--checkpoint", choices=("model", "best", "last"), default="model", help="weights (default: model)")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of the data set, if it has moved since")
+    flags = parser.parse_all(args)
+    from fastadvisor.export import export_run
+
+    formats = [name.strip() for name in flags.formats.split(",") if name.strip()]
+    about = export_run(flags.run, output=flags.output, formats=formats, checkpoint=flags.checkpoint, data_root=flags.data_root)
+    rows = [
+        (one["file"], f"{one['bytes'] / 1e6:.1f} MB", f"{one['largest_difference']:.1e}") for one in about["files"].values()
+    ]
+    print(table([("file", "size", "difference"), *rows]))
+    print(f"Compared with the original on {about['compared_on']} test images; in {flags.output or flags.run / 'export'}.")
 
 
 def run_replay(args: list[str]) -> None:

@@ -101,7 +101,7 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
     Raises:
         UserError: no such run or checkpoint, a checkpoint of another model, no data.
     """
-    config = _config_of(run)
+    config = run_config(run)
     path = run / f"{checkpoint}.pt"
     if not path.is_file():
         best = ", or try --checkpoint best" if (run / "best.pt").is_file() else ""
@@ -110,7 +110,7 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
         config.data_root = data_root
     chosen = pick_device(device)
     data = prepare(load_source(config), config, config.seed)
-    _check_classes(run, data.classes)
+    check_classes(run, data.classes)
     config.pretrained, config.weights = False, None  # the weights come from the checkpoint
     test, size = build_test_loader(config, data, chosen)
     model = build_model(config, len(data.classes), (size, size))
@@ -128,7 +128,7 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
     return {**about, "test_size": len(test), **asdict(result), "per_class_top1": per_class}
 
 
-def _check_classes(run: Path, classes: list[str]) -> None:
+def check_classes(run: Path, classes: list[str]) -> None:
     """Refuse data whose classes are not those the run was trained on, as its summary (once finished) tells."""
     try:
         trained = list(json.loads((run / "summary.json").read_text(encoding="utf-8"))["per_class_top1"])
@@ -141,7 +141,8 @@ def _check_classes(run: Path, classes: list[str]) -> None:
         )
 
 
-def _config_of(run: Path) -> Config:
+def run_config(run: Path) -> Config:
+    """Return the settings of a run folder; a UserError if it is none."""
     path = run / "config.yaml"
     if not os.path.isfile(path):  # Path.is_file raises where the folder may not be read
         raise UserError(f"{run} is not a run folder (no config.yaml in it); name the folder that train printed.")
