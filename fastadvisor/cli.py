@@ -180,9 +180,8 @@ def run_export(args: list[str]) -> None:
 
     formats = [name.strip() for name in flags.formats.split(",") if name.strip()]
     about = export_run(flags.run, output=flags.output, formats=formats, checkpoint=flags.checkpoint, data_root=flags.data_root)
-    rows = [
-        (one["file"], f"{one['bytes'] / 1e6:.1f} MB", f"{one['largest_difference']:.1e}") for one in about["files"].values()
-    ]
+    files = about["files"].values()
+    rows = [(one["file"], f"{one['bytes'] / 1e6:.1f} MB", f"{one['largest_difference']:.1e}") for one in files]
     print(table([("file", "size", "difference"), *rows]))
     print(f"Compared with the original on {about['compared_on']} test images; in {flags.output or flags.run / 'export'}.")
 

@@ -141,8 +141,8 @@ def _compare(name: str, path: Path, model: nn.Module, read_back: Network, real: 
             agree = agree and torch.equal(got.argmax(1), wanted.argmax(1))
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{path.name} does not give the logits of the original (off by {worst:.2g} of the largest): it is not written; leave "
-            f"{name} out with --formats."
+            f"{path.name} does not give the logits of the original (off by {worst:.2g} of the largest): it is not written; "
+            f"leave {name} out with --formats."
         )
     return {"largest_difference": worst, "same_top1": agree}
 

@@ -57,14 +57,14 @@ def test_every_format_gives_the_logits_of_the_run(run, capfd):
 
 
 def test_a_torchvision_model_and_another_folder(tmp_path):
-    run = train(tmp_path / "run", model="resnet18", image_size=32)
+    run = train(tmp_path / "run", model="resnet18")
     about = export_run(run, output=tmp_path / "out", formats=["torch-export"], checkpoint="last", images=4)
     assert about["compared_on"] == 4
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["classifier.pt2", "export.json"]
     program = torch.export.load(tmp_path / "out" / "classifier.pt2").module()
     model = resnet18(num_classes=10).eval()
     model.load_state_dict(torch.load(run / "model.pt", weights_only=True))
-    images = torch.randn(3, 3, 32, 32)
+    images = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-4)
 
 
@@ -88,8 +88,8 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
         export_run(run, formats=[])
     with pytest.raises(UserError, match="is not a run folder"):
         export_run(tmp_path, formats=["state-dict"])
-    with pytest.raises(UserError, match=r"holds no best.pt|holds no model.pt"):
-        (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(UserError, match=r"holds no model.pt"):
         export_run(tmp_path, formats=["state-dict"])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --output"):
