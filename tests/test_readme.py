@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastadvisor import cli
+from tests.distributed.test_equivalence import torchrun
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -76,9 +77,13 @@ def test_make_demo_and_make_test_do_what_the_readme_says():
 
 def test_the_commands_run_in_order(workplace, short, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    listed = commands("fastadvisor")
-    assert len(listed) >= 8
+    listed = commands(("fastadvisor", "torchrun"))
+    assert len(listed) >= 10
     for command in listed:
+        if command.startswith("torchrun"):
+            done = torchrun(2, *command.split("-m ")[1].split(), "--no-progress")
+            assert done.returncode == 0, done.stderr[-2000:]
+            continue
         status = cli.main(shlex.split(command)[1:])
         captured = capsys.readouterr()
         assert status == 0, f"{command}: {captured.err}"
