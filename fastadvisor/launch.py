@@ -118,7 +118,9 @@ def _run(trainer: Trainer, begun: RunFolder | None) -> TrainResult:
     if ranks.first:
         begun.clear_temporary()
         begun.keep_metrics(trainer.epoch)
-        begun.begin_part({**provenance(ranks.count), "iteration": trainer.step.iteration}, fingerprint(trainer.data))
+        begun.begin_part(
+            {**provenance(ranks.count), "seed": config.seed, "iteration": trainer.step.iteration}, fingerprint(trainer.data)
+        )
     return trainer.run(begun)
 
 

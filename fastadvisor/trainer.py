@@ -107,17 +107,19 @@ class Trainer:
         ones = [
             flag
             for flag, loader in (("--batch-size", self.train_loader), ("--meta-batch-size", self.meta_loader))
-            if loader.batch_size == 1
+            if loader.batch_size == self.config.accumulate
         ]
         if not ones:
             return
         self.model.train()
+        pieces = self.config.accumulate * self.ranks.count
         try:
             with torch.no_grad(), self.model.frozen_statistics():
                 self.model(torch.zeros(1, 3, *shape, device=self.device))
         except ValueError:
+            left = "is 1" if pieces == 1 else f"leaves 1 image to each of {pieces} parts"
             raise UserError(
-                f"{ones[0]} is 1, and the batch normalisation of {self.config.model} needs more than one image of "
+                f"{ones[0]} {left}, and the batch normalisation of {self.config.model} needs more than one image of "
                 f"{shape[0]}×{shape[1]} pixels: raise it."
             ) from None
 

@@ -61,8 +61,9 @@ def test_the_run_folder_and_every_key_of_the_summary(tmp_path):
     assert summary["device"] == "cpu"
 
 
-def test_model_pt_is_the_plain_classifier(tmp_path):
-    result = train_config(settings(tmp_path / "run", epochs=1))
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
+def test_model_pt_is_the_plain_classifier(tmp_path, ema_decay):
+    result = train_config(settings(tmp_path / "run", ema_decay=ema_decay))
     model = CifarResNet(8, 10)
     model.load_state_dict(torch.load(result.folder / "model.pt", weights_only=True))
     for ours, theirs in zip(result.model.parameters(), model.parameters(), strict=True):
