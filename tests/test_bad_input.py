@@ -429,7 +429,7 @@ def limited_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.mark.parametrize(("size", "name"), [(300, "config.yaml"), (50_000, "last.pt")])
+@pytest.mark.parametrize(("size", "name"), [(300, "config.yaml"), (50_000, "best.pt")])
 def test_a_full_disk(refused, capsys, size, name):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -441,7 +441,7 @@ def test_a_full_disk(refused, capsys, size, name):
     assert err.count("\n") == 1
     assert err.startswith(f"fastadvisor: error: run/{name} cannot be written (File too large); free some space or")
     assert {path.name for path in Path("run").iterdir()} <= {"config.yaml", "metrics.jsonl", "run.json"}
-    if name == "last.pt":  # with space again
+    if name == "best.pt":  # with space again
         assert cli.main([*DIGITS, "--output", "run", "--resume"]) == 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fastadvisor.errors import UserError
@@ -58,7 +58,12 @@ class Ranks:
             torch.cuda.set_device(ranks.local)
         if not dist.is_initialized():
             try:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                store = _agent_store(TIMEOUT)
+                if store is None:
+                    dist.init_process_group(backend, timeout=TIMEOUT)
+                else:
+                    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.count)
             except (RuntimeError, ValueError, dist.DistError) as error:
                 reason = " ".join(str(error).split())[:150]
                 raise UserError(f"The other processes cannot be reached ({reason}); start them with torchrun.") from None
@@ -193,15 +198,26 @@ def is_lost(error: BaseException) -> bool:
 
 def speaks(message: str) -> bool:
     """Whether this process is the one to print ``message``: of several ranks that fail alike, the first to come."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     key = hashlib.sha256(message.encode()).hexdigest()[:16]
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"fastadvisor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{key}", 1) == 1
+        store = _agent_store(timedelta(seconds=5))
+        return store is None or store.add(key, 1) == 1
     except (KeyError, ValueError, RuntimeError):  # better twice than not at all
         return True
+
+
+def _agent_store(timeout: timedelta) -> Store | None:
+    """Return the store that torchrun's agent holds for its processes, as of this restart; None without an agent.
+
+    torch itself would look where the processes of before a restart have left their addresses (static rendezvous, the default),
+    and now and then call one that is gone.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    agent = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return PrefixStore(f"fastadvisor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
 
 
 def added(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
