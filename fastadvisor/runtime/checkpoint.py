@@ -13,6 +13,8 @@ import torch
 
 from fastadvisor.errors import UserError, cannot_write
 
+FOLDER = 0x10
+"""Attribute of a zip entry (MS-DOS): a folder."""
 FORMAT = "fastadvisor-checkpoint-2"
 
 
@@ -90,10 +92,14 @@ def _is_another(other: Path, path: Path) -> bool:
 
 
 def _check_sums(path: Path) -> None:
-    """Raise BadZipFile if a checksum is wrong: torch.load does not look at them and returns flipped bits as weights."""
+    """Raise BadZipFile if a checksum is wrong: torch.load does not look at them and returns flipped bits as weights.
+
+    Nor if a tensor is marked as a folder: torch would read nothing for it, and return whatever its memory held before.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
+            folders = [entry.filename for entry in archive.infolist() if entry.is_dir() or entry.external_attr & FOLDER]
+            bad = folders[0] if folders else archive.testzip()
         if bad is not None:
             raise zipfile.BadZipFile(bad)
 

@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -56,6 +57,22 @@ def test_flipped_bits_in_the_weights(path):
     checkpoint.save(path, {"weights": weights})
     data = bytearray(path.read_bytes())
     data[data.index(weights.numpy().tobytes()) + 2001] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged or cut short"):
+        checkpoint.load(path)
+
+
+def test_a_tensor_marked_as_a_folder(path):
+    """torch.load would give it uninitialised memory."""
+    checkpoint.save(path, {"weights": torch.full((1000,), 7.25)})
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+        attributes = 38  # of an entry of the directory at the end of the file
+    while data[directory : directory + 4] == b"PK\x01\x02":
+        data[directory + attributes] |= 0x10
+        lengths = [int.from_bytes(data[directory + at : directory + at + 2], "little") for at in (28, 30, 32)]
+        directory += 46 + sum(lengths)
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged or cut short"):
         checkpoint.load(path)
