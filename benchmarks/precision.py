@@ -108,7 +108,17 @@ def main() -> int:
     for row in rows:
         print(f"| {row['method']} | {row['dtype']} | {row['mean']:.4f} | {row['min']:.4f} |")
     if args.json is not None:
-        args.json.write_text(json.dumps({"command": sys.argv, "versions": environment(), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps(
+                {
+                    "command": " ".join(["python -m benchmarks.precision", *sys.argv[1:]]),
+                    "versions": environment(),
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
     red = [row for row in rows if not row["mean"] >= GATE]
     print("The gate is open." if not red else f"The gate is shut: {len(red)} under {GATE}.")
     return 1 if red else 0

@@ -6,7 +6,7 @@ serves Loss Pre-calculation, Virtual-Train and Actual-Train.
 With gradient accumulation a batch comes in micro-batches, whose graphs are let go and had again (``SharedForward.again``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +31,9 @@ class StepResult(NamedTuple):
 
     loss: Tensor
     meta_loss: Tensor | None
-    """None in an iteration without a meta step."""
+    """None in an iteration without a meta step, or where it was left out because something was not finite."""
     skipped: bool = False
-    """Whether the classifier's step was left out, or the advisor's, because something was not finite."""
+    """Whether the classifier's step was left out because something was not finite."""
 
 
 @dataclass
@@ -77,26 +77,21 @@ class Step:
             NonFiniteError: the watch found something, and does not skip.
         """
         self.iteration += 1
-        skipped, statistics = 0 if self.watch is None else self.watch.skipped, self._statistics()
+        statistics = [buffer.clone() for buffer in self.model.buffers()] if self.watch is not None and self.watch.skip else []
         if meta is None or not self.method.learns:
             parts = (self.loss_pre_calculation(part, with_meta_step=False) for part in train.split(self.accumulate))
-            result = StepResult(self.actual_train(parts), None)
+            loss, taken, meta_loss = *self.actual_train(parts), None
         elif self.behind:
-            result = self.actual_then_meta_train(train, meta)
+            loss, taken, meta_loss = self.actual_then_meta_train(train, meta)
         else:
             shared = self._shared(train)
             meta_loss = self.virtual_and_meta_train(shared, meta)
-            result = StepResult(self.actual_train(shared), meta_loss)
+            loss, taken = self.actual_train(shared)
         self.execution.end_iteration()
-        if self.watch is None or self.watch.skipped == skipped:
-            return result
-        for buffer, before in zip(self.model.buffers(), statistics, strict=True):
-            buffer.copy_(before)
-        return result._replace(skipped=True)
-
-    def _statistics(self) -> list[Tensor]:
-        """Return copies of the running statistics, if this step may turn out not to have been: a forward pass moves them."""
-        return [buffer.clone() for buffer in self.model.buffers()] if self.watch is not None and self.watch.skip else []
+        if not taken:  # the forward pass has moved the running statistics
+            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+        return StepResult(loss, meta_loss, not taken)
 
     def loss_pre_calculation(self, train: Batch, plan: Plan | None = None, *, with_meta_step: bool = True) -> SharedForward:
         """(a) Run the backbone once, and the head on its unmasked features. ``plan``: the engine's, if it has been asked."""
@@ -114,14 +109,14 @@ class Step:
             shared.again = partial(self._run_again, plan)  # not bound to it: a cycle would hold its tape until collected
         return shared
 
-    def virtual_and_meta_train(self, shared: list[SharedForward], meta: Batch) -> Tensor:
+    def virtual_and_meta_train(self, shared: list[SharedForward], meta: Batch) -> Tensor | None:
         """(b) Virtual-Train: w' = w − α ∇w L(w; θ). (c) Meta-Train: θ ← Adam(θ, ∇θ Lmeta(w'))."""
         problem = self.problem(*shared)
         virtual = self.engine.virtual_train(problem)
         return self._meta_train(problem, virtual, meta)
 
-    def actual_train(self, parts: Iterable[SharedForward]) -> Tensor:
-        """(d) Actual-Train: w ← SGD(w, ∇w L(w; θ)) with the updated advisor."""
+    def actual_train(self, parts: Iterable[SharedForward]) -> tuple[Tensor, bool]:
+        """(d) Actual-Train: w ← SGD(w, ∇w L(w; θ)) with the updated advisor; return the loss, and whether it was taken."""
         losses: list[Tensor] = []
         for shared in parts:
             shared.restore()
@@ -130,7 +125,7 @@ class Step:
             losses.append(self._backward(shared, advice, len(losses)))
         return self._classifier_step(losses)
 
-    def actual_then_meta_train(self, train: Batch, meta: Batch) -> StepResult:
+    def actual_then_meta_train(self, train: Batch, meta: Batch) -> tuple[Tensor, bool, Tensor | None]:
         """(b), (c), (d) with the advisor one step behind: the actual gradient, taken with today's advisor, is the virtual
         gradient too, and the advisor it teaches serves from the next iteration on. The graph is gone by the meta step.
         """
@@ -145,7 +140,7 @@ class Step:
         gradients = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values())
         whole = problems[0] if len(problems) == 1 else replace(problems[0], parts=tuple(problems))
         meta_loss = self._meta_train(whole, whole.step.apply(parameters, gradients), meta)
-        return StepResult(self._classifier_step(losses), meta_loss)
+        return *self._classifier_step(losses), meta_loss
 
     def problem(self, *shared: SharedForward) -> MetaProblem:
         """Return what the meta step starts from: one forward pass, or those of the micro-batches."""
@@ -192,32 +187,39 @@ class Step:
         self.execution.backward(share, self.optimizer, parameters, last=number == self.accumulate - 1)
         return loss.detach()
 
-    def _classifier_step(self, losses: list[Tensor]) -> Tensor:
+    def _classifier_step(self, losses: list[Tensor]) -> tuple[Tensor, bool]:
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-        gradients = {f"the gradient of {name}": p.grad for name, p in self.model.model.named_parameters()}
-        if self.watch is None or self.watch.passes(self._values("the training loss", loss, self.advice), gradients):
-            if self.clip is not None:
-                nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.clip)
-            self.execution.step(self.optimizer)
-        return loss
+        if not self._finite("the training loss", loss, self.advice, self._named_gradients):
+            return loss, False
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.clip)
+        self.execution.step(self.optimizer)
+        return loss, True
 
-    def _meta_train(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> Tensor:
+    def _meta_train(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> Tensor | None:
         loss, gradients = self.engine.meta_gradient(problem, virtual, meta)
         names = self.method.meta_parameter_names()
         named = {f"the meta-gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
-        if self.watch is None or self.watch.passes(self._values("the meta loss", loss, problem.advice), named):
-            self.method.learn(gradients)
-            if self.advisor_optimizer is not None:
-                self.execution.step(self.advisor_optimizer)
+        if not self._finite("the meta loss", loss, problem.advice, lambda: named):
+            return None
+        self.method.learn(gradients)
+        if self.advisor_optimizer is not None:
+            self.execution.step(self.advisor_optimizer)
         return loss
 
-    @staticmethod
-    def _values(name: str, loss: Tensor, advice: Advice | None) -> dict[str, Tensor | None]:
-        """Return what the watch is to look at, the cause before the effect."""
-        if advice is None:
-            return {name: loss}
+    def _named_gradients(self) -> dict[str, Tensor | None]:
+        return {f"the gradient of {name}": parameter.grad for name, parameter in self.model.model.named_parameters()}
+
+    def _finite(
+        self, name: str, loss: Tensor, advice: Advice | None, gradients: Callable[[], Mapping[str, Tensor | None]]
+    ) -> bool:
+        """Ask the watch, if there is one; what it is shown has the cause before the effect."""
+        if self.watch is None:
+            return True
+        advice = Advice() if advice is None else advice
         outputs = {"mask": advice.mask, "equalisation": advice.equalisation, "weight": advice.weight}
-        return {**{f"the advisor's {key}": value for key, value in outputs.items()}, name: loss}
+        values: dict[str, Tensor | None] = {f"the advisor's {key}": value for key, value in outputs.items()}
+        return self.watch.passes({**values, name: loss}, gradients())
 
     def _features(self, train: Batch, plan: Plan, tape: Tape | None) -> tuple[Tensor, Entering | None]:
         with nullcontext() if tape is None else Recording(tape):

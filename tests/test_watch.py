@@ -122,6 +122,11 @@ def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
     after = [*run.model.parameters(), *run.method.advisor.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert optimizers == [json.dumps(str(o.state_dict())) for o in (run.step.optimizer, run.step.advisor_optimizer)]
+    train, meta = run.batches(run.phases[0])
+    result = run.step(train, infinite_image(run.step, meta))  # a bad meta batch leaves the classifier its step
+    assert (run.step.watch.skipped, result.skipped, result.meta_loss) == (3, False, None)
+    assert result.loss.isfinite()
+    assert not any(torch.equal(a, b) for a, b in zip(statistics, run.model.buffers(), strict=True))
     run.step(*run.batches(run.phases[0]))
     assert all(p.isfinite().all() for p in run.model.parameters())
 
