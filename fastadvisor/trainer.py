@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
 from fastadvisor.step import StepResult
-from fastadvisor.watch import Collapse, NonFiniteError
+from fastadvisor.watch import Collapse, NonFiniteError, distance_to_cause
 
 KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}
 """What parts of a checkpoint are taken as they are, without anything that would look at them."""
@@ -259,7 +260,10 @@ class Trainer:
         except NonFiniteError as error:
             name = error.name
         batches = self.ranks.gather([None if part is None else [tensor.cpu() for tensor in part] for part in (train, meta)])
-        ids = ", ".join(map(str, train.ids[:8].tolist())) + (", ..." if len(train.ids) > 8 else "")
+        # A rank whose own values are bad spoils the others' gradients: it is the one to be named.
+        told = self.ranks.gather((name, train.ids[:8].tolist()))
+        name, some = self.ranks.share(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
+        ids = ", ".join(map(str, some)) + (", ..." if len(train.ids) > 8 else "")
         state = {**self.state(), **before, "batches": batches, "name": name, "config": to_dict(self.config)}
         if self.ranks.first:
             checkpoint.save(self.folder.replay, state)
@@ -329,7 +333,12 @@ class Trainer:
         """Return the accuracy on the test set as of now."""
         model = self.tested_model()
         self.ranks.align_buffers(model)
-        return accuracy(model, self.loaders.test, self.data, precision=self.execution, ranks=self.ranks)
+        return accuracy(model, self._test_batches(), self.data, precision=self.execution, ranks=self.ranks)
+
+    def _test_batches(self) -> Iterator[Batch]:
+        for batch in self.loaders.test:
+            self.interruption.steps += 1  # it is not stuck
+            yield batch
 
     def close(self) -> None:
         """End the loaders' threads and processes."""

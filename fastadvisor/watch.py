@@ -15,6 +15,18 @@ COLLAPSED_SHARE = 0.99
 """Share of saturated entries from which the advisor counts as collapsed: its gradient there is next to nothing."""
 
 
+OTHERS = "a tensor of another process"
+
+
+CAUSES = ("the advisor's", "the training loss", "the meta loss", "the meta-gradient", "the gradient")
+"""Tensors by how near they are to the images they come from: from the meta loss on, other ranks' images have a part in them."""
+
+
+def distance_to_cause(name: str) -> int:
+    """Return the place of a tensor's name in ``CAUSES``; that of no tensor is the last."""
+    return next((place for place, start in enumerate(CAUSES) if name.startswith(start)), len(CAUSES))
+
+
 class NonFiniteError(Exception):
     """A tensor of a step holds infinities or NaN."""
 
@@ -52,7 +64,7 @@ class Watch:
             return True
         if not self.skip:
             names = [name for name, peak in zip(named, peaks.tolist(), strict=True) if not abs(peak) < float("inf")]
-            raise NonFiniteError(names[0] if names else "a tensor of another process")
+            raise NonFiniteError(names[0] if names else OTHERS)
         self.skipped += 1
         return False
 

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -95,6 +97,38 @@ def test_a_second_interrupt_does_not_wait():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_process_that_is_stuck_ends_by_itself_and_one_that_moves_does_not():
+    """In a process of its own: blocked where no Python handler runs, as in a collective that waits for a rank that is gone."""
+    code = """
+import ctypes, os, signal, sys, threading, time
+from fastadvisor.runtime import interruption
+from fastadvisor.runtime.ranks import Ranks
+interruption.GRACE = 0.3
+watch = interruption.Interruption()
+with watch.watched(Ranks(0, 2)):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    if sys.argv[1] == "moves":
+        for _ in range(12):
+            time.sleep(0.1)
+            watch.steps += 1
+        print(watch.signal.name)
+    else:
+        lock = ctypes.CDLL(None)
+        until = time.time() + 5
+        while time.time() < until:
+            lock.sleep(5)  # outside of Python
+        print("still here")
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code, way], env=kills.ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+        )
+        for way in ("moves", "stuck")
+    ]
+    assert (found[0].returncode, found[0].stdout) == (0, "SIGTERM\n")
+    assert (found[1].returncode, found[1].stdout) == (143, "")
+
+
 def test_off_the_main_thread_signals_are_left_alone():
     found = []
 
@@ -142,6 +176,27 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(tmp_path):
     flags = ["--save-every", "2", "--epochs", "40", "--method", "ce"]
     done, different = kills.torture(tmp_path, 3, flags, seed=1, longest=0.4)
     assert (done, different) == (3, [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become a user whom mode bits stop")
+def test_a_folder_that_becomes_read_only_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+
+    def lock():
+        (tmp_path / "run").chmod(0o555)
+        os.seteuid(65534)
+
+    after(monkeypatch, 6, lock)
+    try:
+        with pytest.raises(UserError, match=r"run/.* cannot be written \(Permission denied\); free some space"):
+            train_config(settings(tmp_path / "run"))
+    finally:
+        os.seteuid(0)
+    (tmp_path / "run").chmod(0o755)
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["iteration"] == 4
+    monkeypatch.undo()
+    train_config(settings(tmp_path / "run", resume=True))
 
 
 def test_what_a_killed_process_leaves_half_written_is_cleared(tmp_path):

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from fastadvisor.runtime.ranks import ALONE, Ranks
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 10.0
-"""Seconds in which an iteration ends, or a save: torchrun waits for 30 before it kills."""
+GRACE = 20.0
+"""Seconds in which an iteration, a batch of a test or a save ends: torchrun waits for 30 before it kills."""
 
 
 class Wish(IntEnum):

@@ -1,6 +1,6 @@
 """``fastadvisor`` with one rank that fails in the middle of an iteration.
 
-FAULT=kill|raise|refuse FAULT_RANK=1 FAULT_ITERATION=6 [FAULT_RESTART=0]: where, when, and in which life.
+FAULT=kill|raise|refuse|nan FAULT_RANK=1 FAULT_ITERATION=6 [FAULT_RESTART=0]: where, when, and in which life.
 """
 
 import os
@@ -10,8 +10,10 @@ import sys
 from fastadvisor.cli import main
 from fastadvisor.errors import UserError
 from fastadvisor.step import Step
+from fastadvisor.trainer import Trainer
 
 call = Step.__call__
+batches = Trainer.batches
 
 
 def faulty(self, train, meta):
@@ -23,11 +25,21 @@ def faulty(self, train, meta):
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ["FAULT"] == "refuse":
             raise UserError("This rank has a photo it cannot read: replace it.")
-        raise ArithmeticError("a mistake of ours")
+        if os.environ["FAULT"] != "nan":
+            raise ArithmeticError("a mistake of ours")
     return call(self, train, meta)
 
 
+def spoilt(self, phase):
+    train, meta = batches(self, phase)
+    here = os.environ["RANK"] == os.environ["FAULT_RANK"]
+    if os.environ["FAULT"] == "nan" and here and self.step.iteration + 1 == int(os.environ["FAULT_ITERATION"]):
+        train = train._replace(images=train.images * float("inf"))
+    return train, meta
+
+
 Step.__call__ = faulty
+Trainer.batches = spoilt
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from fastadvisor.replay import replay
 from tests.distributed.test_equivalence import PATHS, torchrun
 from tests.faults import kills
 
@@ -59,6 +60,17 @@ def test_one_rank_fails_and_all_end_quickly_with_its_message(tmp_path, fault, sa
     if fault == "refuse":
         assert done.stderr.count("This rank has a photo it cannot read") == 1
     assert time.monotonic() - began < 100  # far under the half hour of a collective's timeout
+
+
+def test_the_rank_with_the_bad_numbers_is_named_and_its_batch_replayed(tmp_path):
+    faults = {"FAULT": "nan", "FAULT_RANK": "1", "FAULT_ITERATION": "6"}
+    done = torchrun(2, "tests.distributed.faulty", *TRAIN, "--output", tmp_path / "run", **faults)
+    assert done.returncode != 0
+    assert done.stderr.count("Iteration 6 (epoch 2): the advisor's mask is not finite.") == 1
+    found = replay(tmp_path / "run", device="cpu")
+    assert (found["rank"], found["said"], found["found"]) == (1, "the advisor's mask", "the advisor's mask")
+    assert found["first"] == "classifier conv1 (Conv2d)"
+    assert f"ids {', '.join(map(str, found['ids'][:8]))}, ..." in done.stderr
 
 
 def test_a_restart_by_torchrun_goes_on_from_the_last_save(two, tmp_path):
