@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -197,7 +198,8 @@ def run_replay(args: list[str]) -> None:
 
     result = replay(flags.run, device=flags.device)
     if flags.json:
-        print(json.dumps(result, indent=2))
+        peaks = [(name, peak if math.isfinite(peak) else str(peak)) for name, peak in result["peaks"]]  # JSON has no NaN
+        print(json.dumps({**result, "peaks": peaks}, indent=2, allow_nan=False))
         return
     print(table((name, f"{peak:.4g}") for name, peak in result["peaks"]))
     again = "the same" if result["found"] == result["said"] else result["found"] or "everything is finite here"

@@ -83,6 +83,9 @@ def test_the_run_stops_names_the_tensor_and_can_be_replayed(tmp_path, monkeypatc
     capsys.readouterr()
     assert cli.main(["replay", str(tmp_path / "run"), "--device", "cpu"]) == 0
     assert f"now: the same.\nThe first output that is not finite is that of {first}." in capsys.readouterr().out
+    assert cli.main(["replay", str(tmp_path / "run"), "--device", "cpu", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert (shown["found"], shown["first"]) == (says, first)
     last = checkpoint.load(tmp_path / "run" / "last.pt")
     assert last["iteration"] == 4  # the older checkpoint is left alone
 

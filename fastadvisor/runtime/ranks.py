@@ -187,7 +187,7 @@ class Ranks:
 
 ALONE = Ranks()
 
-LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process exited|peer|timed out", re.IGNORECASE)
+LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process exited|by peer|timed out", re.IGNORECASE)
 
 
 def is_lost(error: BaseException) -> bool:
