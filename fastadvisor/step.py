@@ -164,7 +164,8 @@ class Step:
             return [self.loss_pre_calculation(train, plan)]
         parts = []
         for part in train.split(self.accumulate):
-            parts.append(self.loss_pre_calculation(part, plan))
+            with torch.no_grad():  # the graph is made when it is asked for
+                parts.append(self.loss_pre_calculation(part, plan))
             parts[-1].for_tangent = False  # or all graphs would be there at once
             parts[-1].release()
         return parts
