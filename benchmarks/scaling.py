@@ -65,6 +65,8 @@ class Network:
     """Of the forward operations, above that cut."""
     layer_share: float
     """Of the parameters, in four layers of those that can be chosen, on average, and in the head."""
+    head: int
+    """Of the parameters, in the last linear layer."""
     advisor: int
     flops: float
     """Of a forward pass, an image."""
@@ -72,31 +74,42 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Averaging:
+    """A gradient that all GPUs average."""
+
+    parameters: float
+    hidden_by: float
+    """Units of the backward pass that it leaves with; 0: averaged in the open."""
+    every: int = 1
+    """Once in so many iterations."""
+
+
+@dataclass(frozen=True)
 class Engine:
-    """One iteration: passes in units of a forward pass, and gradients in parameters, of which a backward hides each."""
+    """One iteration on average, in units of a backbone's forward pass."""
 
     name: str
     units: float
-    gradients: tuple[tuple[float, float], ...]
-    """(parameters, units of the backward that hides them), an iteration on average."""
-    advisor: float
-    """Parameters averaged in the open."""
+    gradients: tuple[Averaging, ...]
     norm_collectives: float
     """All-reduces a normalisation with --sync-bn: two forward, one backward, three in a tangent pass."""
 
 
 def engines(net: Network) -> list[Engine]:
     """Return what ``fastadvisor/metagrad/README.md`` says of each, with forward-mode tangents as on a GPU."""
-    whole, upper, a, rho = net.parameters, net.upper, net.advisor, net.upper_share
-    some = net.layer_share * whole
+    whole, some, rho, k = net.parameters, net.layer_share * net.parameters, net.upper_share, 2
+    actual, virtual, meta = [Averaging(whole, 2)] * 3
+    advisor = Averaging(net.advisor, 0)
+    behind = (Averaging(net.upper, 2 * rho, k), Averaging(net.advisor, 0, k))
+    # The matching loss takes the head's gradient, and a backward pass of its own; the lowest layer chosen may be any.
+    learned = (Averaging(net.head, 0, k), Averaging(some, 2, k), Averaging(some, 2, k), Averaging(net.advisor, 0, k))
     return [
-        Engine("plain", 3, ((whole, 2),), 0, 3),
-        Engine("exact", 10, ((whole, 2), (whole, 2), (whole, 2)), a, 10),
-        Engine("exact, `--lean`", 11, ((whole, 2), (whole, 2), (whole, 2)), a, 12),
-        Engine("exact, one step behind", 9, ((whole, 2), (whole, 2)), a, 9),
-        # Every second iteration a meta step: half of what it costs.
-        Engine("`--approx-meta`", 3 + (1 + 4 * rho) / 2, ((whole, 2), (upper / 2, rho)), a / 2, 3 + (2 + rho + 3 * rho) / 2),
-        Engine("… learned layers", 3 + (1 + 2 + 3) / 2, ((whole, 2), (some / 2, 1), (some / 2, 1)), a / 2, 3 + 6 / 2),
+        Engine("plain", 3, (actual,), 3),
+        Engine("exact", 10, (virtual, meta, advisor, actual), 10),
+        Engine("exact, `--lean`", 11, (virtual, meta, advisor, actual), 12),
+        Engine("exact, one step behind", 9, (meta, advisor, actual), 9),
+        Engine("`--approx-meta`", 3 + (1 + 4 * rho) / k, (*behind, actual), 3 + (2 + rho + 3 * rho) / k),
+        Engine("… learned layers", 3 + (1 + 2 + 2 + 2) / k, (*learned, actual), 3 + (2 + 1 + 1 + 3) / k),
     ]
 
 
@@ -123,6 +136,7 @@ def count(name: str, size: int, classes: int) -> Network:
         sum(p.numel() for p in model.part_parameters(cut).values()),
         1 - below / total,
         min(1.0, 4 / max(1, len(layers_of(model, (size, size)))) * (parameters - head) / parameters + head / parameters),
+        head,
         sum(p.numel() for p in advisor.parameters()),
         total,
         sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()),
@@ -136,18 +150,18 @@ def compute_seconds(engine: Engine, net: Network, machine: Machine, batch: float
 
 def bytes_moved(engine: Engine, gpus: int, bytes_each: int = 4) -> float:
     """Return the bytes a GPU sends in a step, by a ring."""
-    averaged = sum(parameters for parameters, _ in engine.gradients) + engine.advisor
+    averaged = sum(gradient.parameters / gradient.every for gradient in engine.gradients)
     return 2 * (gpus - 1) / gpus * averaged * bytes_each
 
 
 def exposed_seconds(engine: Engine, net: Network, machine: Machine, batch: float, gpus: int) -> float:
-    """Return the seconds a step waits for others: what no backward pass hides, the last bucket of each, and the advisor's."""
+    """Return the seconds a step waits for others: what no backward pass hides, and the last bucket of each."""
     unit = net.flops * batch / (machine.tflops * 1e12 * machine.utilisation)
-    waited = machine.averaged(4 * engine.advisor, gpus)
-    for parameters, backward in engine.gradients:
-        size = 4 * parameters
+    waited = 0.0
+    for gradient in engine.gradients:
+        size = 4 * gradient.parameters
         last = machine.all_reduce(min(size, BUCKET_BYTES), gpus)
-        waited += max(last, machine.averaged(size, gpus) - 0.9 * backward * unit)
+        waited += max(last, machine.averaged(size, gpus) - 0.9 * gradient.hidden_by * unit) / gradient.every
     return waited
 
 

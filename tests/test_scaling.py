@@ -5,10 +5,10 @@ import torch
 from torchvision.models import resnet18
 
 from benchmarks import scaling
-from benchmarks.scaling import Engine, Machine, Network
+from benchmarks.scaling import Averaging, Engine, Machine, Network
 
 SIMPLE = Machine(tflops=1e-12, utilisation=1.0, node=2, nvlink=100.0, network=10.0, latency=0.0)
-NET = Network(parameters=100, upper=60, upper_share=0.5, layer_share=0.4, advisor=10, flops=1.0, normalisations=3)
+NET = Network(parameters=100, upper=60, upper_share=0.5, layer_share=0.4, head=20, advisor=10, flops=1.0, normalisations=3)
 
 
 def engine(name):
@@ -31,6 +31,7 @@ def test_a_ring_sends_each_byte_twice_but_for_its_own_part():
         ("exact, `--lean`", 310, 11),
         ("exact, one step behind", 210, 9),
         ("`--approx-meta`", 100 + 30 + 5, 4.5),
+        ("… learned layers", 100 + 20 + 20 + 10 + 5, 6.5),
     ],
 )
 def test_what_each_engine_averages_and_computes(name, parameters, units):
@@ -39,13 +40,21 @@ def test_what_each_engine_averages_and_computes(name, parameters, units):
 
 
 def test_a_backward_pass_hides_all_but_the_last_bucket():
-    long, short = Engine("", 3, ((100, 2),), 0, 0), Engine("", 3, ((100, 0),), 0, 0)
+    long, short = Engine("", 3, (Averaging(100, 2),), 0), Engine("", 3, (Averaging(100, 0),), 0)
     assert scaling.exposed_seconds(long, NET, SIMPLE, 1000, 2) == pytest.approx(4)  # one bucket is the last one
     assert scaling.exposed_seconds(short, NET, SIMPLE, 1000, 2) == pytest.approx(4)
-    large = Engine("", 3, ((4 * scaling.BUCKET_BYTES / 4, 2),), 0, 0)
+    large = Engine("", 3, (Averaging(scaling.BUCKET_BYTES, 2),), 0)
     last = scaling.BUCKET_BYTES / 100
     assert scaling.exposed_seconds(large, NET, SIMPLE, 0, 2) == pytest.approx(4 * last)
     assert scaling.exposed_seconds(large, NET, SIMPLE, 1e9, 2) == pytest.approx(last)
+
+
+def test_a_gradient_every_other_iteration_waits_in_full_half_as_often():
+    whole = Engine("", 3, (Averaging(2 * scaling.BUCKET_BYTES, 2),), 0)
+    seldom = Engine("", 3, (Averaging(2 * scaling.BUCKET_BYTES, 2, every=2),), 0)
+    for batch in (0, 1e9):
+        wait = scaling.exposed_seconds(whole, NET, SIMPLE, batch, 2)
+        assert scaling.exposed_seconds(seldom, NET, SIMPLE, batch, 2) == pytest.approx(wait / 2)
 
 
 def test_the_model_is_counted_and_not_guessed():
