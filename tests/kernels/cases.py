@@ -29,7 +29,8 @@ def make_beta(kind, batch, classes, seed=1, device="cpu"):
         return kind
     generator = torch.Generator().manual_seed(seed)
     if kind == "drawn":
-        return Bernoulli(0.6, torch.randint(2**63 - 1, (), generator=generator).to(device))
+        seed = torch.randint(2**63 - 1, (), generator=generator).to(device)
+        return Bernoulli(0.6, seed, first_row=5)  # of a mask that others share
     shape = {"per sample": (batch, 1), "per class": (batch, classes), "batch": (1, 1)}[kind]
     return (torch.rand(shape, generator=generator) < 0.6).double().to(device)
 

@@ -52,6 +52,12 @@ def test_a_mask_depends_on_neither_size():
     assert torch.equal(drawn.mask(7, 10), drawn.mask(100, 1023)[:7, :10])
 
 
+def test_parts_of_a_mask_make_up_the_whole():
+    drawn = Bernoulli.draw(0.5, "cpu", torch.Generator().manual_seed(0))
+    parts = [drawn.mask(4, 10), drawn.rows(4).mask(3, 10), drawn.rows(4).rows(3).mask(5, 10)]
+    assert torch.equal(torch.cat(parts), drawn.mask(12, 10))
+
+
 def test_rows_classes_and_seeds_are_independent():
     size = 512
     first, second = (

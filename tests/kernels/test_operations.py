@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 OPS = torch.ops.fastadvisor
-FLAT = (1.0, None, None, "none", -100, 0.0)
+FLAT = (1.0, None, None, 0, "none", -100, 0.0)
 NAMES = pytest.mark.parametrize("name", ["reference", "triton"])
 
 
@@ -42,9 +42,9 @@ def flat_options():
     mask = make_beta("per class", 4, 5, device=DEVICE)
     return [
         FLAT,
-        (0.9, None, None, "mean", -100, 0.1),
-        (1.0, mask, None, "sum", 2, 0.0),
-        (0.7, None, seed, "none", -100, 0.0),
+        (0.9, None, None, 0, "mean", -100, 0.1),
+        (1.0, mask, None, 0, "sum", 2, 0.0),
+        (0.7, None, seed, 3, "none", -100, 0.0),
     ]
 
 
@@ -62,7 +62,7 @@ def test_opcheck_of_the_losses(name, index):
         loss, lse, count = OPS.mes_cross_entropy(constants[0], constants[2], y, *flat)
         opcheck(OPS.mes_cross_entropy_backward, (loss, constants[0], constants[2], y, lse, count, *flat, True, True))
         opcheck(OPS.mes_cross_entropy_backward, (loss, constants[0], None, y, lse, count, *flat, True, False))
-        opcheck(OPS.mes_cross_entropy_with_gradients, (constants[0], constants[2], y, None, *flat[:3], "none", *flat[4:], True))
+        opcheck(OPS.mes_cross_entropy_with_gradients, (constants[0], constants[2], y, None, *flat[:4], "none", *flat[5:], True))
         loss, lse, mean, count = OPS.tangent_loss(*constants, y, *flat)
         opcheck(OPS.tangent_loss_backward, (loss, *constants, y, lse, mean, count, *flat, [True, False, True, True]))
 

@@ -21,6 +21,8 @@ class Bernoulli(NamedTuple):
     """In [0, 1]."""
     seed: Tensor
     """One int64, shape (): on the device of the mask, so that nothing waits for the host and a CUDA graph can renew it."""
+    first_row: int = 0
+    """Where this mask begins in the one that ``seed`` names: a batch drawn as a whole can be cut into parts."""
 
     @classmethod
     def draw(cls, probability: float, device: torch.device | str, generator: torch.Generator | None = None) -> "Bernoulli":
@@ -40,12 +42,18 @@ class Bernoulli(NamedTuple):
 
     def mask(self, rows: int, classes: int) -> Tensor:
         """Return the mask (``rows``, ``classes``) as bool, the same that the kernels draw."""
-        return random_bits(self.seed, rows, classes) < self.threshold
+        return random_bits(self.seed, rows, classes, self.first_row) < self.threshold
+
+    def rows(self, first: int) -> "Bernoulli":
+        """Return the mask from row ``first`` of this one on."""
+        return self._replace(first_row=self.first_row + first)
 
 
-def random_bits(seed: Tensor, rows: int, classes: int) -> Tensor:
-    """Return (rows, classes) int64 in [0, 2³²): word k % 4 of Philox with key ``seed`` and counter (k // 4, row, 0, 0)."""
-    row = torch.arange(rows, device=seed.device)[:, None]
+def random_bits(seed: Tensor, rows: int, classes: int, first: int = 0) -> Tensor:
+    """Return (rows, classes) int64 in [0, 2³²): word k % 4 of Philox with key ``seed`` and counter (k // 4, row, 0, 0), rows
+    counted from ``first``.
+    """
+    row = torch.arange(first, first + rows, device=seed.device)[:, None]
     quad = torch.arange((classes + 3) // 4, device=seed.device)[None, :]
     words = philox(seed, (quad, row, torch.zeros_like(quad), torch.zeros_like(quad)))
     return torch.stack(torch.broadcast_tensors(*words), dim=2).reshape(rows, -1)[:, :classes]

@@ -9,18 +9,19 @@ from fastadvisor_kernels.equalization_softmax.reference import Beta, Reduction
 
 
 class FlatBeta(NamedTuple):
-    """β in three parts."""
+    """β in four parts."""
 
     value: float
     """β itself, or the probability to draw 1."""
     mask: Tensor | None
     seed: Tensor | None
+    first_row: int = 0
 
     @classmethod
     def of(cls, beta: Beta) -> "FlatBeta":
         """Take it apart."""
         if isinstance(beta, Bernoulli):
-            return cls(beta.probability, None, beta.seed)
+            return cls(beta.probability, None, beta.seed, beta.first_row)
         if isinstance(beta, Tensor):
             return cls(1.0, beta, None)
         return cls(1.0 if beta is None else float(beta), None, None)
@@ -28,7 +29,7 @@ class FlatBeta(NamedTuple):
     def beta(self) -> Beta:
         """Put it together."""
         if self.seed is not None:
-            return Bernoulli(self.value, self.seed)
+            return Bernoulli(self.value, self.seed, self.first_row)
         return self.value if self.mask is None else self.mask
 
 

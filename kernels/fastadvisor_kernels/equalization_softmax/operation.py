@@ -12,7 +12,7 @@ from fastadvisor_kernels.equalization_softmax.reference import Beta, Reduction
 from fastadvisor_kernels.launch import run, widest
 
 NAME = "mes_cross_entropy"
-FLAT = "float beta, Tensor? mask, Tensor? seed, str reduction, int ignore_index, float label_smoothing"
+FLAT = "float beta, Tensor? mask, Tensor? seed, int first_row, str reduction, int ignore_index, float label_smoothing"
 
 
 def mes_cross_entropy(
@@ -119,13 +119,14 @@ def _loss(
     beta: float,
     mask: Tensor | None,
     seed: Tensor | None,
+    first_row: int,
     reduction: Reduction,
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, and for the gradients the log-sum-exp (B,) and the number of samples in a mean (1,), else (0,)."""
     no_tangents(NAME, z, v)
-    flat, options = FlatBeta(beta, mask, seed), Options(reduction, ignore_index, label_smoothing)
+    flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
     if by_triton(z):
         from fastadvisor_kernels.equalization_softmax.plan import plan_loss
 
@@ -149,6 +150,7 @@ def _gradients(
     beta: float,
     mask: Tensor | None,
     seed: Tensor | None,
+    first_row: int,
     reduction: Reduction,
     ignore_index: int,
     label_smoothing: float,
@@ -157,7 +159,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of z and v, (0,) for one that is not wanted."""
     no_tangents(f"The gradient of {NAME}", grad, z, v)
-    flat, options = FlatBeta(beta, mask, seed), Options(reduction, ignore_index, label_smoothing)
+    flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
     if by_triton(z):
         from fastadvisor_kernels.equalization_softmax.plan import plan_gradients
 
@@ -181,6 +183,7 @@ def _loss_and_gradients(
     beta: float,
     mask: Tensor | None,
     seed: Tensor | None,
+    first_row: int,
     reduction: Reduction,
     ignore_index: int,
     label_smoothing: float,
@@ -188,7 +191,7 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses (B,) and the gradients of z and v, (0,) for one that is not wanted."""
     no_tangents(f"{NAME}_with_gradients", z, v, grad)
-    flat, options = FlatBeta(beta, mask, seed), Options(reduction, ignore_index, label_smoothing)
+    flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
     if by_triton(z):
         from fastadvisor_kernels.equalization_softmax.plan import plan_loss_and_gradients
 
@@ -212,20 +215,20 @@ class MESCrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         """Keep the inputs, as they are, and two numbers a sample."""
-        z, v, y, beta, mask, seed, *options = inputs
+        z, v, y, beta, mask, seed, first_row, *options = inputs
         _, lse, count = output
         ctx.mark_non_differentiable(lse, count)
         ctx.set_materialize_grads(False)  # zeros for those two would be launches of their own
         ctx.save_for_backward(z, v, y, lse, count, mask, seed)
-        ctx.beta, ctx.options = beta, options
+        ctx.beta, ctx.first_row, ctx.options = beta, first_row, options
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """One launch; where the gradient's own gradient is wanted, formulas that autograd can follow."""
         if grad is not None and torch.is_grad_enabled():
             z, v, y, _, _, mask, seed = ctx.saved_tensors
-            gradients = reference.gradients(grad, z, v, y, FlatBeta(ctx.beta, mask, seed).beta(), *ctx.options)
-            return (*gradients, *[None] * 7)
+            beta = FlatBeta(ctx.beta, mask, seed, ctx.first_row).beta()
+            return (*reference.gradients(grad, z, v, y, beta, *ctx.options), *[None] * 8)
         return _backward(ctx, grad, _gradients)
 
     @staticmethod
@@ -236,11 +239,11 @@ class MESCrossEntropy(torch.autograd.Function):
 
 def _backward(ctx: Any, grad: Tensor | None, call: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     z, v, y, lse, count, mask, seed = ctx.saved_tensors
     of_z, of_v = ctx.needs_input_grad[:2]
-    z_grad, v_grad = call(grad, z, v, y, lse, count, ctx.beta, mask, seed, *ctx.options, of_z, of_v)
-    return (z_grad if of_z else None, v_grad if of_v else None, *[None] * 7)
+    z_grad, v_grad = call(grad, z, v, y, lse, count, ctx.beta, mask, seed, ctx.first_row, *ctx.options, of_z, of_v)
+    return (z_grad if of_z else None, v_grad if of_v else None, *[None] * 8)
 
 
 loss_op = torch.library.custom_op(
@@ -266,7 +269,7 @@ with_gradients_op = torch.library.custom_op(
 
 @loss_op.register_fake
 def _(z: Tensor, v: Tensor | None, y: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, reduction = widest(z, v), options[3]
+    dtype, reduction = widest(z, v), options[4]
     loss = z.new_empty(len(z) if reduction == "none" else (), dtype=dtype)
     return loss, z.new_empty(len(z), dtype=dtype), z.new_empty(int(reduction == "mean"), dtype=dtype)
 

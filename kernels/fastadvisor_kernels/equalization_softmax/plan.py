@@ -75,7 +75,10 @@ def beta_arguments(beta: FlatBeta, v: Tensor | None, accumulator: torch.dtype) -
         stride = 0 if tensor.shape[0] == 1 else tensor.stride(0)
     elif not binary(beta.value, accumulator):
         kind = FRACTION
-    return {"beta_ptr": tensor, "BETA": kind.value, "BETA_ROW": stride, "VALUE": beta.value, "THRESHOLD": threshold}
+    return {
+        "beta_ptr": tensor, "first_row": beta.first_row,
+        "BETA": kind.value, "BETA_ROW": stride, "VALUE": beta.value, "THRESHOLD": threshold,
+    }  # fmt: skip
 
 
 def grad_step(grad: Tensor) -> int:

@@ -35,7 +35,7 @@ def weight(v, BETA: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def tile_weight(
-    v_ptr, beta_ptr, row, start, col, inside, is_target, V_ROW: tl.constexpr, BETA_ROW: tl.constexpr,
+    v_ptr, beta_ptr, first_row, row, start, col, inside, is_target, V_ROW: tl.constexpr, BETA_ROW: tl.constexpr,
     BETA: tl.constexpr, VALUE: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def tile_weight(
         beta = tl.load(beta_ptr + row.to(tl.int64)[:, None] * BETA_ROW + col[None, :], mask=inside, other=0)
         free = free | (beta == 0)
     elif BETA == DRAWN:
-        free = free | (bernoulli(beta_ptr, row, start, THRESHOLD, ROWS, BLOCK) == 0)
+        free = free | (bernoulli(beta_ptr, first_row + row, start, THRESHOLD, ROWS, BLOCK) == 0)
     return weight(tl.where(free, float("-inf"), v), BETA, VALUE, FAST)
 
 
@@ -79,9 +79,9 @@ def upstream(grad_ptr, count_ptr, row, rows, counted, known, GRAD_STEP: tl.const
     return tl.where(counted, tl.where(known, scale, float("nan")), 0.0)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def loss_kernel(
-    z_ptr, v_ptr, y_ptr, beta_ptr, grad_ptr, loss_ptr, lse_ptr, part_ptr, z_grad_ptr, v_grad_ptr, rows,
+    z_ptr, v_ptr, y_ptr, beta_ptr, grad_ptr, loss_ptr, lse_ptr, part_ptr, z_grad_ptr, v_grad_ptr, rows, first_row,
     C: tl.constexpr, Z_ROW: tl.constexpr, V_ROW: tl.constexpr, BETA_ROW: tl.constexpr,
     BETA: tl.constexpr, VALUE: tl.constexpr, THRESHOLD: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr,
     ACC: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -105,6 +105,7 @@ def loss_kernel(
             shift, factor, slope, _ = tile_weight(
                 v_ptr,
                 beta_ptr,
+                first_row,
                 row,
                 start,
                 col,
@@ -183,9 +184,9 @@ def combine_kernel(
     store_loss(loss_ptr, lse_ptr, row, rows, counted, known, high, total, z_y, z_total, SMOOTHING, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def gradient_kernel(
-    z_ptr, v_ptr, y_ptr, beta_ptr, grad_ptr, count_ptr, lse_ptr, z_grad_ptr, v_grad_ptr, rows,
+    z_ptr, v_ptr, y_ptr, beta_ptr, grad_ptr, count_ptr, lse_ptr, z_grad_ptr, v_grad_ptr, rows, first_row,
     C: tl.constexpr, Z_ROW: tl.constexpr, V_ROW: tl.constexpr, BETA_ROW: tl.constexpr, GRAD_STEP: tl.constexpr,
     BETA: tl.constexpr, VALUE: tl.constexpr, THRESHOLD: tl.constexpr, SMOOTHING: tl.constexpr, IGNORE: tl.constexpr,
     ACC: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -204,6 +205,7 @@ def gradient_kernel(
         shift, factor, slope, _ = tile_weight(
             v_ptr,
             beta_ptr,
+            first_row,
             row,
             start,
             col,

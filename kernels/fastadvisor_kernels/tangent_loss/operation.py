@@ -81,13 +81,14 @@ def _tangent(
     beta: float,
     mask: Tensor | None,
     seed: Tensor | None,
+    first_row: int,
     reduction: Reduction,
     ignore_index: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return L̇, and for the gradients log-sum-exp and mean of ż + ȧ (B,), and the samples in a reduction to the mean (1,)."""
     no_tangents(NAME, z, z_dot, v, v_dot)
-    flat, options = FlatBeta(beta, mask, seed), Options(reduction, ignore_index, label_smoothing)
+    flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
     if by_triton(z):
         from fastadvisor_kernels.tangent_loss.plan import Inputs, plan_tangent
 
@@ -116,6 +117,7 @@ def _gradients(
     beta: float,
     mask: Tensor | None,
     seed: Tensor | None,
+    first_row: int,
     reduction: Reduction,
     ignore_index: int,
     label_smoothing: float,
@@ -123,7 +125,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of z, ż, v and v̇, (0,) for one that is not wanted."""
     no_tangents(f"The gradient of {NAME}", grad, z, z_dot, v, v_dot)
-    flat, options = FlatBeta(beta, mask, seed), Options(reduction, ignore_index, label_smoothing)
+    flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
     found: list[Tensor | None]
     if by_triton(z):
         from fastadvisor_kernels.tangent_loss.plan import Inputs, Kept, plan_tangent_gradients
@@ -153,20 +155,20 @@ class TangentLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the inputs, as they are, and three numbers a sample."""
-        *tensors, beta, mask, seed, reduction, ignore_index, label_smoothing = inputs
+        *tensors, beta, mask, seed, first_row, reduction, ignore_index, label_smoothing = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # zeros for those three would be launches of their own
         ctx.save_for_backward(*tensors, *output[1:], mask, seed)
-        ctx.beta, ctx.options = beta, (reduction, ignore_index, label_smoothing)
+        ctx.beta, ctx.first_row, ctx.options = beta, first_row, (reduction, ignore_index, label_smoothing)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """One launch; where the gradient's own gradient is wanted, formulas that autograd can follow."""
         if grad is not None and torch.is_grad_enabled():
             z, z_dot, v, v_dot, y, _, _, _, mask, seed = ctx.saved_tensors
-            beta = FlatBeta(ctx.beta, mask, seed).beta()
+            beta = FlatBeta(ctx.beta, mask, seed, ctx.first_row).beta()
             gradients = reference.gradients(grad, z, z_dot, v, v_dot, y, beta, *ctx.options)
-            return (*gradients, *[None] * 7)
+            return (*gradients, *[None] * 8)
         return _backward(ctx, grad, _gradients)
 
     @staticmethod
@@ -177,11 +179,11 @@ class TangentLoss(torch.autograd.Function):
 
 def _backward(ctx: Any, grad: Tensor | None, call: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     *tensors, mask, seed = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:4])
-    found = call(grad, *tensors, ctx.beta, mask, seed, *ctx.options, wanted)
-    return (*(part if needed else None for part, needed in zip(found, wanted, strict=True)), *[None] * 7)
+    found = call(grad, *tensors, ctx.beta, mask, seed, ctx.first_row, *ctx.options, wanted)
+    return (*(part if needed else None for part, needed in zip(found, wanted, strict=True)), *[None] * 8)
 
 
 tangent_op = torch.library.custom_op(
@@ -201,7 +203,7 @@ gradients_op = torch.library.custom_op(
 
 @tangent_op.register_fake
 def _(z: Tensor, z_dot: Tensor, v: Tensor | None, v_dot: Tensor | None, y: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    dtype, reduction = widest(z, z_dot, v, v_dot), flat[3]
+    dtype, reduction = widest(z, z_dot, v, v_dot), flat[4]
     lse, mean = z.new_empty(len(z), dtype=dtype), z.new_empty(len(z), dtype=dtype)
     loss = z.new_empty(len(z) if reduction == "none" else (), dtype=dtype)
     return loss, lse, mean, z.new_empty(int(reduction == "mean"), dtype=dtype)

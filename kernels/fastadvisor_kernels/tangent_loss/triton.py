@@ -11,9 +11,9 @@ from fastadvisor_kernels.arithmetic import exp, narrow
 from fastadvisor_kernels.equalization_softmax.triton import LOWEST, smoothed, targets, tile_weight, upstream
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def tangent_kernel(
-    z_ptr, z_dot_ptr, v_ptr, v_dot_ptr, y_ptr, beta_ptr, loss_ptr, lse_ptr, mean_ptr, part_ptr, rows,
+    z_ptr, z_dot_ptr, v_ptr, v_dot_ptr, y_ptr, beta_ptr, loss_ptr, lse_ptr, mean_ptr, part_ptr, rows, first_row,
     C: tl.constexpr, Z_ROW: tl.constexpr, Z_DOT_ROW: tl.constexpr, V_ROW: tl.constexpr, V_DOT_ROW: tl.constexpr,
     BETA_ROW: tl.constexpr, BETA: tl.constexpr, VALUE: tl.constexpr, THRESHOLD: tl.constexpr, SMOOTHING: tl.constexpr,
     IGNORE: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -37,8 +37,8 @@ def tangent_kernel(
         q = z_dot
         if v_ptr is not None:
             shift, factor, slope, _ = tile_weight(
-                v_ptr, beta_ptr, row, start, col, inside, is_target, V_ROW, BETA_ROW, BETA, VALUE, THRESHOLD, ACC, FAST,
-                ROWS, BLOCK,
+                v_ptr, beta_ptr, first_row, row, start, col, inside, is_target, V_ROW, BETA_ROW, BETA, VALUE, THRESHOLD,
+                ACC, FAST, ROWS, BLOCK,
             )  # fmt: skip
             x -= shift
             if v_dot_ptr is not None:
@@ -107,10 +107,10 @@ def combine_tangent_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def tangent_gradient_kernel(
     z_ptr, z_dot_ptr, v_ptr, v_dot_ptr, y_ptr, beta_ptr, grad_ptr, count_ptr, lse_ptr, mean_ptr,
-    z_grad_ptr, z_dot_grad_ptr, v_grad_ptr, v_dot_grad_ptr, rows,
+    z_grad_ptr, z_dot_grad_ptr, v_grad_ptr, v_dot_grad_ptr, rows, first_row,
     C: tl.constexpr, Z_ROW: tl.constexpr, Z_DOT_ROW: tl.constexpr, V_ROW: tl.constexpr, V_DOT_ROW: tl.constexpr,
     BETA_ROW: tl.constexpr, GRAD_STEP: tl.constexpr, BETA: tl.constexpr, VALUE: tl.constexpr, THRESHOLD: tl.constexpr,
     SMOOTHING: tl.constexpr, IGNORE: tl.constexpr, ACC: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
@@ -130,8 +130,8 @@ def tangent_gradient_kernel(
         p = exp(z - lse, FAST)
     else:
         shift, factor, slope, curvature = tile_weight(
-            v_ptr, beta_ptr, row, start, col, inside, is_target, V_ROW, BETA_ROW, BETA, VALUE, THRESHOLD, ACC, FAST,
-            ROWS, BLOCK,
+            v_ptr, beta_ptr, first_row, row, start, col, inside, is_target, V_ROW, BETA_ROW, BETA, VALUE, THRESHOLD,
+            ACC, FAST, ROWS, BLOCK,
         )  # fmt: skip
         p = factor * exp(z - shift - lse, FAST)
         if v_dot_ptr is not None:
