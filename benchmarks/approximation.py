@@ -73,14 +73,12 @@ def candidates(trainer: Trainer, shape: tuple[int, int]) -> dict[str, Candidate]
 def probe(trainer: Trainer, compared: dict[str, Candidate], train: Batch, meta: Batch) -> dict[str, dict[str, float]]:
     """Compute every gradient from the same weights, batches and random numbers; nothing of the run is touched."""
     step, begun = trainer.step, RandomState.now(train.images.device)
-    draw = step.method.draw(train.labels)
+    draw = step.draw(train)
 
     def gradient(candidate: Candidate, virtual: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
         posing = replace(step, engine=candidate.engine)
         with begun.replayed(), trainer.model.frozen_statistics():
-            shared = posing.loss_pre_calculation(train)
-            shared.draw = draw
-            problem = posing.problem(shared)
+            problem = posing.problem(posing.loss_pre_calculation(train, draw))
             if virtual is None:
                 virtual = candidate.engine.virtual_train(problem)
             few = Batch(*(part[: round(candidate.meta_share * len(part))] for part in meta))

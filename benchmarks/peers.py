@@ -43,7 +43,7 @@ class Textbook:
         # Only the actual step moves running statistics, as in the other contenders; costs nothing, and no gradient sees it.
         with self.model.frozen_statistics():
             loss_pre = self.loss_pre_calculation(train)
-            draw = self.method.draw(train.labels)
+            draw = self.method.draw(len(train.labels), train.labels.device)
             meta_loss = self.meta_loss(train, meta, loss_pre, draw)
             gradients = torch.autograd.grad(meta_loss, list(self.method.advisor.parameters()))
         for parameter, gradient in zip(self.method.advisor.parameters(), gradients, strict=True):

@@ -58,7 +58,7 @@ def measure(setting: Setting, batch_size: int, rounds: int) -> dict[str, float]:
 
     for _ in range(rounds + 1):
         timed("plain step", partial(plain, train, None))
-        shared = timed("shared forward (a)", partial(step.loss_pre_calculation, train))
+        shared = timed("shared forward (a)", partial(step.loss_pre_calculation, train, step.draw(train)))
         problem = step.problem(shared)
         virtual = timed("virtual backward (b)", partial(engine.virtual_train, problem))
         _, g = timed("meta forward and backward (c)", partial(engine.gradient_at, step.model, virtual, meta))

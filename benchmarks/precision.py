@@ -82,7 +82,7 @@ def gradient(
     state = RandomState.now(trainer.device)
     with state.replayed(), trainer.model.frozen_statistics():
         torch.manual_seed(1)
-        problem = step.problem(step.loss_pre_calculation(train))
+        problem = step.problem(step.loss_pre_calculation(train, step.draw(train)))
         found = step.engine.meta_gradient(problem, step.engine.virtual_train(problem), meta)
     return torch.cat([part.flatten().float() for part in found.gradients])
 

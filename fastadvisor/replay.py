@@ -17,7 +17,7 @@ from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, pick_device
-from fastadvisor.runtime.random_state import RandomState
+from fastadvisor.runtime.random_state import CommonRandomness, RandomState
 from fastadvisor.step import Step
 from fastadvisor.watch import NonFiniteError
 
@@ -43,6 +43,8 @@ def replay(run: Path, *, device: str = "auto") -> dict[str, Any]:
             train, meta = (None if part is None else Batch(*part) for part in batches)
             assert train is not None
             step = _rebuilt(state, train, pick_device(device), path)
+            step.execution.common = CommonRandomness(step.execution.device, rank, len(state["batches"]))
+            step.execution.common.load_state_dict(state["common_before"])
             found = {"rank": rank, "ids": train.ids.tolist(), **_take(step, state, train, meta)}
             if found["found"] is not None:
                 break
@@ -74,7 +76,7 @@ def _take(step: Step, state: dict[str, Any], train: Batch, meta: Batch | None) -
     device = step.execution.device
     train = Batch(*(tensor.to(device) for tensor in train))
     meta = None if meta is None else Batch(*(tensor.to(device) for tensor in meta))
-    before = RandomState(state["random_before"]["cpu"], state["random_before"]["cuda"] if device.type == "cuda" else {})
+    before = RandomState.of_plain(state["random_before"], device)
     peaks: list[tuple[str, float]] = []
     modules: dict[str, nn.Module] = {"classifier": step.model.model}
     if step.method.advisor is not None:

@@ -6,7 +6,7 @@ serves Loss Pre-calculation, Virtual-Train and Actual-Train.
 With gradient accumulation a batch comes in micro-batches, whose graphs are let go and had again (``SharedForward.again``).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,12 @@ from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import Engine, MetaProblem, Plan, SharedForward, VirtualStep
 from fastadvisor.metagrad.tangent import Recording, Tape
 from fastadvisor.methods import Advice, Method
+from fastadvisor.methods.beta import rows_of
 from fastadvisor.models import Entering, SplitClassifier
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.watch import Watch
+from fastadvisor_kernels import Beta
 
 
 class StepResult(NamedTuple):
@@ -79,7 +81,7 @@ class Step:
         self.iteration += 1
         statistics = [buffer.clone() for buffer in self.model.buffers()] if self.watch is not None and self.watch.skip else []
         if meta is None or not self.method.learns:
-            parts = (self.loss_pre_calculation(part, with_meta_step=False) for part in train.split(self.accumulate))
+            parts = (self.loss_pre_calculation(*part, with_meta_step=False) for part in self._micro_batches(train))
             loss, taken, meta_loss = *self.actual_train(parts), None
         elif self.behind:
             loss, taken, meta_loss = self.actual_then_meta_train(train, meta)
@@ -93,7 +95,15 @@ class Step:
                 buffer.copy_(before)
         return StepResult(loss, meta_loss, not taken)
 
-    def loss_pre_calculation(self, train: Batch, plan: Plan | None = None, *, with_meta_step: bool = True) -> SharedForward:
+    def draw(self, train: Batch) -> Beta:
+        """Return the method's random numbers for ``train``: this rank's part of those for the batch of all ranks."""
+        common, rows = self.execution.common, len(train.labels)
+        with common.drawing():
+            return rows_of(self.method.draw(common.count * rows, train.labels.device), common.part(rows))
+
+    def loss_pre_calculation(
+        self, train: Batch, draw: Beta, plan: Plan | None = None, *, with_meta_step: bool = True
+    ) -> SharedForward:
         """(a) Run the backbone once, and the head on its unmasked features. ``plan``: the engine's, if it has been asked."""
         start = Entering(train.images, RandomState.now(train.images.device))
         if plan is None:
@@ -104,7 +114,7 @@ class Step:
         with self.execution():
             features, at_cut = self._features(train, plan, tape)
         loss_pre = self._loss_pre(features, train)
-        shared = SharedForward(train, features, loss_pre, self.method.draw(train.labels), start, at_cut, tape)
+        shared = SharedForward(train, features, loss_pre, draw, start, at_cut, tape)
         if (self.lean or self.accumulate > 1) and with_meta_step and not self.behind:
             shared.again = partial(self._run_again, plan)  # not bound to it: a cycle would hold its tape until collected
         return shared
@@ -132,8 +142,8 @@ class Step:
         plan = self.engine.plan()
         losses: list[Tensor] = []
         problems: list[MetaProblem] = []
-        for part in train.split(self.accumulate):
-            problem = replace(self.problem(self.loss_pre_calculation(part, plan)), stepped=True)
+        for part in self._micro_batches(train):
+            problem = replace(self.problem(self.loss_pre_calculation(*part, plan)), stepped=True)
             losses.append(self._backward(problem.shared, problem.training_advice(), len(losses)))
             problems.append(problem)
         parameters = self.model.part_parameters()
@@ -158,14 +168,20 @@ class Step:
         shares = {id(p): group["lr"] / largest for group in groups for p in group["params"]}
         return largest, {name: shares[id(p)] for name, p in self.model.part_parameters().items()}
 
+    def _micro_batches(self, train: Batch) -> Iterator[tuple[Batch, Beta]]:
+        """Return the parts of ``train``, each with its part of what is drawn for the whole."""
+        drawn, each = self.draw(train), len(train.labels) // self.accumulate
+        for number, part in enumerate(train.split(self.accumulate)):
+            yield part, rows_of(drawn, slice(number * each, (number + 1) * each))
+
     def _shared(self, train: Batch) -> list[SharedForward]:
         plan = self.engine.plan()
         if self.accumulate == 1:
-            return [self.loss_pre_calculation(train, plan)]
+            return [self.loss_pre_calculation(train, self.draw(train), plan)]
         parts = []
-        for part in train.split(self.accumulate):
+        for part in self._micro_batches(train):
             with torch.no_grad():  # the graph is made when it is asked for
-                parts.append(self.loss_pre_calculation(part, plan))
+                parts.append(self.loss_pre_calculation(*part, plan))
             parts[-1].for_tangent = False  # or all graphs would be there at once
             parts[-1].release()
         return parts

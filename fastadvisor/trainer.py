@@ -100,8 +100,9 @@ class Trainer:
         self.clock = SaveClock(self.interruption, config.save_minutes, config.save_every, ranks)
         self.folder: RunFolder | None = None
         self._bad_reported = 0
-        if ranks.rank:  # what follows is drawn for this rank's images alone
-            seed_everything(config.seed + RANK_STRIDE * ranks.rank)
+        if ranks.count > 1:  # beside what all draw alike, each draws for its own images
+            self.execution.common.split_off()
+            seed_everything(config.seed + RANK_STRIDE * (ranks.rank + 1))
 
     def _check_batches_of_one(self, shape: tuple[int, int]) -> None:
         """Find out before the first step, not in it, whether the model normalises over a single value."""
@@ -275,10 +276,10 @@ class Trainer:
 
     def _before(self) -> dict[str, Any]:
         """Return copies of what a step changes before it is known whether it is finite: little, for the weights come last."""
-        state = RandomState.now(self.device)
         advisor, optimizer = self.method.advisor, self.step.advisor_optimizer
         return {
-            "random_before": {"cpu": state.cpu, "cuda": state.cuda},
+            "random_before": RandomState.now(self.device).to_plain(),
+            "common_before": self.execution.common.state_dict(),
             "advisor": None if advisor is None else copy.deepcopy(advisor.state_dict()),
             "advisor_optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
         }
@@ -402,12 +403,12 @@ class Trainer:
         self.execution.load_state_dict(state["execution"])
         self.progress.load_state_dict(state["progress"])
         self.epoch, self.history = state["epoch"], state["history"]
-        # With more ranks than before the new ones draw from streams of their own; batches are the same for any number.
-        known = self.ranks.rank < len(state["ranks"])
-        own = state["ranks"][self.ranks.rank if known else 0]
+        # Batches, and what all ranks draw alike, are the same for any number of ranks; what each draws alone begins anew.
+        as_before = len(state["ranks"]) == self.ranks.count
+        own = state["ranks"][self.ranks.rank if as_before else 0]
         self.train_loader.load_state_dict(own["train_loader"])
         self.meta_loader.load_state_dict(own["meta_loader"])
-        if known:
+        if as_before:
             checkpoint.restore_random_states(own["random"])
 
     def _save(self, *, best: bool = False) -> None:

@@ -108,7 +108,7 @@ class LayerwiseEngine(Engine):
 
     def plan(self) -> Plan:
         """Choose the layers, and ask for the activation under the lowest."""
-        with self.forward.execution.ranks.common_randomness():
+        with self.forward.execution.common.drawing():
             if self.learned is None:
                 chosen = set(torch.randperm(len(self.layers))[: self.budget].tolist())
                 self.active = [index in chosen for index in range(len(self.layers))]

@@ -92,8 +92,8 @@ class Method:
         """Return the parts of the run, whose shares sum to 1."""
         return [Phase()]
 
-    def draw(self, labels: Tensor) -> Beta:
-        """Return this iteration's random numbers, shared by Virtual-Train and Actual-Train."""
+    def draw(self, rows: int, device: torch.device) -> Beta:
+        """Return this iteration's random numbers for ``rows`` samples, shared by Virtual-Train and Actual-Train."""
         return None
 
     def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:

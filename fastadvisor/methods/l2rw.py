@@ -34,7 +34,7 @@ class L2RW(Method):
         assert self._weight_B is not None
         return [self._weight_B]
 
-    def draw(self, labels: Tensor) -> None:
+    def draw(self, rows: int, device: torch.device) -> None:
         """Forget the last batch."""
         self._weight_B = None
 

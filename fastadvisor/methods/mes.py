@@ -1,5 +1,6 @@
 """Meta Equalization Softmax: the advisor softens the pull of the other classes (paper 3.4)."""
 
+import torch
 from torch import Tensor
 
 from fastadvisor.advisor import Advisor
@@ -16,9 +17,9 @@ class MES(Method):
         super().__init__(config, features, classes)
         self.advisor = Advisor(features, classes, config.advisor_width, mask=False, equalisation=True)
 
-    def draw(self, labels: Tensor) -> Beta:
+    def draw(self, rows: int, device: torch.device) -> Beta:
         """Return this iteration's β."""
-        return draw_beta(self.config, labels, self.classes)
+        return draw_beta(self.config, rows, self.classes, device)
 
     def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
         """Return the equalisation."""

@@ -15,7 +15,7 @@ from fastadvisor.errors import UserError, cannot_write
 
 FOLDER = 0x10
 """Attribute of a zip entry (MS-DOS): a folder."""
-FORMAT = "fastadvisor-checkpoint-2"
+FORMAT = "fastadvisor-checkpoint-3"
 
 
 def save(path: Path, payload: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastadvisor.runtime.random_state import CommonRandomness
 from fastadvisor.runtime.ranks import ALONE, Ranks, added
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Execution:
         self.device = torch.device("cpu") if device is None else device
         self.dtype = None if dtype is torch.float32 else dtype
         self.ranks = ranks
+        self.common = CommonRandomness(self.device, ranks.rank, ranks.count)
         self.scaler = torch.amp.GradScaler(self.device.type) if dtype is torch.float16 else None
         self._unscaled_of: set[int] = set()
         """Optimizers (by id) whose gradients have been scaled back in this iteration."""
@@ -109,13 +111,17 @@ class Execution:
             self._unscaled_of.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss scale."""
-        return {} if self.scaler is None else self.scaler.state_dict()
+        """Return the loss scale and where the ranks' common random numbers stand."""
+        return {
+            "scaler": {} if self.scaler is None else self.scaler.state_dict(),
+            "common": self.common.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the loss scale of ``state``."""
-        if self.scaler is not None and state:
-            self.scaler.load_state_dict(state)
+        """Go on from ``state``."""
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.common.load_state_dict(state["common"])
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else self.scaler.scale(loss)

@@ -166,18 +166,6 @@ class Ranks:
             for tensor in module.buffers():
                 dist.broadcast(tensor.detach(), 0)
 
-    @contextmanager
-    def common_randomness(self) -> Iterator[None]:
-        """Draw the same numbers from torch's CPU and CUDA generators on all ranks; alone, the block draws as it would."""
-        if self.count == 1:
-            yield
-            return
-        seed = torch.randint(2**31, (1,))
-        dist.broadcast(seed, 0)
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            torch.manual_seed(int(seed))
-            yield
-
     def close(self) -> None:
         """Leave the others."""
         if self.count > 1 and dist.is_initialized():

@@ -64,7 +64,7 @@ class Problem:
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         whole = Step(self.model, self.method, optimizer, None, engine, plain, **settings)
-        shared = whole.loss_pre_calculation(self.train)
+        shared = whole.loss_pre_calculation(self.train, whole.draw(self.train))
         torch.manual_seed(2)
         posed = whole.problem(shared)
         return posed if step is None else dataclasses.replace(posed, step=step)

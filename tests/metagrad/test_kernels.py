@@ -27,7 +27,7 @@ def test_forward_equals_double_backward(method, settings, attached):
     with backend("triton"):
         got = task.gradient(ForwardEngine(plain), attached=attached)
         by_kernels = task.gradient(ReferenceEngine(plain), attached=attached)
-        draw = task.method.draw(task.train.labels)
+        draw = task.method.draw(len(task.train.labels), task.train.labels.device)
     assert relative(got.gradients, by_kernels.gradients) <= 1e-10
     assert float(got.loss) == pytest.approx(float(by_kernels.loss), rel=1e-10)
     if isinstance(draw, Bernoulli):
@@ -40,9 +40,9 @@ def test_forward_equals_double_backward(method, settings, attached):
 def test_it_is_a_seed_that_is_drawn():
     task = on_device(problem("mes"))
     with backend("triton"):
-        assert isinstance(task.method.draw(task.train.labels), Bernoulli)
+        assert isinstance(task.method.draw(16, torch.device(DEVICE)), Bernoulli)
     with backend("reference"):
-        assert task.method.draw(task.train.labels).shape == (len(task.train.labels), 5)
+        assert task.method.draw(16, torch.device(DEVICE)).shape == (16, 5)
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
