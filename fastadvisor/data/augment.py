@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastadvisor.data.autoaugment import AutoAugment, cutout
+from fastadvisor.data.order import WHOLE, Share
 from fastadvisor.data.types import Triple
 from fastadvisor.errors import UserError
 
@@ -40,7 +41,9 @@ class Augmentation:
         if self.padding >= side:
             raise UserError(f"--crop-padding {self.padding} is too large for images of {side} pixels: use at most {side - 1}.")
 
-    def __call__(self, images: Tensor, ids: Tensor, generator: Generator, host: Generator | None = None) -> Tensor:
+    def __call__(
+        self, images: Tensor, ids: Tensor, generator: Generator, host: Generator | None = None, share: Share = WHOLE
+    ) -> Tensor:
         """Cut a batch out of ``images``.
 
         Args:
@@ -48,6 +51,8 @@ class Augmentation:
             ids: (B,) int64 rows of ``images``, on the same device.
             generator: of that device.
             host: of the CPU, for AutoAugment; None: ``generator``, if it is.
+            share: what of the batch of all ranks ``ids`` are. With generators in the same state, all ranks together get what
+                one process with their whole batch would.
 
         Returns:
             (B, 3, H, W) float32, contiguous.
@@ -58,19 +63,21 @@ class Augmentation:
         self.check(images)
         height, width = images.shape[1:3]
         count, device = ids.shape[0], ids.device
+        whole, mine = share.whole(count), share.part(count)
         rows = torch.arange(height, device=device).expand(count, height)
         columns = torch.arange(width, device=device).expand(count, width)
         if self.flip:
-            mirror = torch.rand((count, 1), generator=generator, device=device) < 0.5
+            mirror = torch.rand((whole, 1), generator=generator, device=device)[mine] < 0.5
             columns = torch.where(mirror, width - 1 - columns, columns)
         if self.padding:
-            shift = torch.randint(-self.padding, self.padding + 1, (2, count, 1), generator=generator, device=device)
+            shift = torch.randint(-self.padding, self.padding + 1, (2, whole, 1), generator=generator, device=device)[:, mine]
             rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
         batch = images[ids[:, None, None], rows[:, :, None], columns[:, None, :]]
         if self.policy is not None:
-            batch = self.policy(batch.permute(0, 3, 1, 2), generator if host is None else host).permute(0, 2, 3, 1)
+            host = generator if host is None else host
+            batch = self.policy(batch.permute(0, 3, 1, 2), host, share).permute(0, 2, 3, 1)
         batch = normalize(batch, self.mean, self.std)
-        return cutout(batch, self.hole, generator) if self.hole else batch
+        return cutout(batch, self.hole, generator, share) if self.hole else batch
 
 
 def normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import conv2d, grid_sample
 from torchvision.transforms.v2 import functional as F
 
+from fastadvisor.data.order import WHOLE, Share
+
 Step = tuple[str, float, int | None]
 """Operation, probability, magnitude as one of BINS steps."""
 
@@ -96,19 +98,20 @@ class AutoAugment:
         """Take ``policy``: cifar10 or imagenet."""
         self.policy = POLICIES[policy]
 
-    def __call__(self, images: Tensor, host: Generator) -> Tensor:
+    def __call__(self, images: Tensor, host: Generator, share: Share = WHOLE) -> Tensor:
         """Augment a batch.
 
         Args:
             images: (B, 3, H, W) uint8, on any device.
             host: of the CPU.
+            share: what of the batch of all ranks ``images`` are.
 
         Returns:
             (B, 3, H, W) uint8, on the same device.
         """
-        count = len(images)
-        chosen = torch.randint(len(self.policy), (count,), generator=host).tolist()
-        applied, sign = torch.rand((2, 2, count), generator=host).tolist()
+        whole, mine = share.whole(len(images)), share.part(len(images))
+        chosen = torch.randint(len(self.policy), (whole,), generator=host)[mine].tolist()
+        applied, sign = torch.rand((2, 2, whole), generator=host)[:, :, mine].tolist()
         for number in range(2):
             operations: list[Operation | None] = []
             for sample, which in enumerate(chosen):
@@ -249,7 +252,7 @@ def _magnitudes(name: str, height: int, width: int) -> list[float]:
     return torch.linspace(low, high, BINS).tolist()
 
 
-def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
+def cutout(images: Tensor, size: int, generator: Generator, share: Share = WHOLE) -> Tensor:
     """Set a square of each image to 0, the mean of normalised images (DeVries & Taylor 2017).
 
     Its centre is anywhere in the image, and what lies outside is cut off.
@@ -258,6 +261,7 @@ def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
         images: (B, 3, H, W) float32, normalised; changed in place.
         size: side in pixels.
         generator: of the same device.
+        share: what of the batch of all ranks ``images`` are.
 
     Returns:
         ``images``.
@@ -265,7 +269,8 @@ def cutout(images: Tensor, size: int, generator: Generator) -> Tensor:
     count, _, height, width = images.shape
     inside = []
     for side in (height, width):
-        start = torch.randint(side, (count, 1), generator=generator, device=images.device) - size // 2
+        centre = torch.randint(side, (share.whole(count), 1), generator=generator, device=images.device)
+        start = centre[share.part(count)] - size // 2
         pixels = torch.arange(side, device=images.device)
         inside.append((pixels >= start) & (pixels < start + size))
     rows, columns = inside

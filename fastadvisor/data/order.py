@@ -16,6 +16,25 @@ SPARES = 32
 """Samples that stand in, in this order, for those of a batch that cannot be read."""
 
 
+class Share(NamedTuple):
+    """The part of a batch that is this rank's: every rank has as many samples, one after the other."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def whole(self, rows: int) -> int:
+        """Return how many samples all ranks have where each has ``rows``."""
+        return rows * self.ranks
+
+    def part(self, rows: int) -> slice:
+        """Return which of all are this rank's."""
+        return slice(self.rank * rows, (self.rank + 1) * rows)
+
+
+WHOLE = Share()
+"""Of a process that is alone."""
+
+
 class Spec(NamedTuple):
     """What a batch is to be made of."""
 
@@ -42,20 +61,19 @@ class Order:
             rank: of this process, 0 to ``ranks`` - 1: it sees the ``rank``-th part of each batch of all ranks.
             ranks: processes that share an epoch.
         """
-        self.ids, self.batch_size, self.seed, self.rank, self.ranks = ids, batch_size, seed, rank, ranks
+        self.ids, self.batch_size, self.seed, self.share = ids, batch_size, seed, Share(rank, ranks)
         self._epoch, self._order = -1, ids
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return len(self.ids) // (self.batch_size * self.ranks)
+        return len(self.ids) // self.share.whole(self.batch_size)
 
     def spec(self, number: int) -> Spec:
         """Return batch ``number``, counted from the start of the run."""
         epoch, position = divmod(number, len(self))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.ids)
-        whole = self.batch_size * self.ranks
-        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        whole, mine = self.share.whole(self.batch_size), self.share.part(self.batch_size)
         random = np.random.default_rng([self.seed, epoch, position])
         draws = random.random((whole, DRAWS))[mine]
         spares = self._order[random.integers(len(self.ids), size=SPARES)]

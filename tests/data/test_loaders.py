@@ -117,9 +117,12 @@ def test_an_epoch_sees_every_id_once(photos, opened, name):
 
 
 @pytest.mark.parametrize("name", ["resident", *STREAMING])
-def test_ranks_share_an_epoch_and_see_together_what_one_would(photos, opened, name):
-    settings = {"meta_batch_size": 4, "cutout": 3 if name == "resident" else 0}
-    settings["crop"] = "pad" if name == "resident" else "resized"
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_ranks_share_an_epoch_and_see_together_what_one_would(photos, opened, name, crop):
+    if (name, crop) == ("resident", "resized"):
+        pytest.skip("the resident loader crops by padding")
+    policy = "none" if (name, crop) == ("dali", "resized") else "cifar10"  # DALI's own draws are each rank's
+    settings = {"meta_batch_size": 4, "cutout": 3, "crop": crop, "auto_augment": policy}
     whole = opened(photos, name, **settings)
     parts = [opened(photos, name, rank, 2, **settings) for rank in range(2)]
     for part in ("train", "meta"):
@@ -133,6 +136,27 @@ def test_ranks_share_an_epoch_and_see_together_what_one_would(photos, opened, na
             ids = [torch.cat([batch.ids for batch in batches]).tolist() for batches in seen[1:]]
             assert not set(ids[0]) & set(ids[1])
             assert len(set(ids[0] + ids[1])) == 16
+
+
+@needs_dali
+def test_dali_draws_for_each_rank_alone_and_anew_for_another_number_of_them(photos, opened):
+    settings = {"crop": "random", "meta_batch_size": 4}
+    augmented = [opened(photos, "dali", rank, 2, auto_augment="cifar10", **settings).train for rank in range(2)]
+    plain = [opened(photos, "dali", rank, 2, **settings).train for rank in range(2)]
+    before = opened(photos, "dali", auto_augment="cifar10", **settings).train
+    take(before, 3)
+
+    def changes():
+        pairs = [zip(take(one, 8), take(two, 8), strict=True) for one, two in zip(augmented, plain, strict=True)]
+        return [torch.cat([(one.images - two.images).abs().amax(dim=(1, 2, 3)) > 0.2 for one, two in each]) for each in pairs]
+
+    first, second = changes()
+    assert not torch.equal(first, second)
+    for one, two in zip(augmented, plain, strict=True):
+        one.load_state_dict(before.state_dict())
+        two.load_state_dict({**two.state_dict(), "index": 3})
+    first, second = changes()
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["resident", *STREAMING])

@@ -144,7 +144,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
             pad.check_side(size)
         train, meta = (
             StreamLoader(
-                _backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed),
+                _backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed, rank=rank),
                 Order(_array(ids), batch, seed, rank, ranks),
                 labels,
                 bad=bad,
@@ -266,6 +266,7 @@ def _backend(
     *,
     training: bool,
     seed: int = 0,
+    rank: int = 0,
 ) -> Backend:
     workers = _workers(config)
     if name == "synthetic":
@@ -274,10 +275,9 @@ def _backend(
         mirror, policy = training and config.horizontal_flip, config.auto_augment if training else "none"
         if geometry.crop == "pad":
             policy = "none"  # after the padding and cropping, which the device does
-        return dali.DaliBackend(
-            images,
-            dali.Work(geometry, batch_size, device, workers, data.mean, data.std, training, mirror, policy, seed % 2**31),
-        )
+        own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]) % 2**31  # DALI draws by itself
+        work = dali.Work(geometry, batch_size, device, workers, data.mean, data.std, training, mirror, policy, own)
+        return dali.DaliBackend(images, work)
     from fastadvisor.data.loaders.dataloader import Batches, TorchBackend  # torchvision's transforms take a second to import
 
     batches = Batches(images, geometry, config.horizontal_flip, config.auto_augment)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastadvisor.data.augment import Augmentation, normalize
 from fastadvisor.data.images import ArrayImages
 from fastadvisor.data.loaders.stream import check_state, set_generator
+from fastadvisor.data.order import Share
 from fastadvisor.data.types import Batch, TrainingData, Triple
 from fastadvisor.errors import UserError
 
@@ -80,7 +81,7 @@ class ResidentLoader:
         self.table = data if isinstance(data, ResidentImages) else ResidentImages.of(data, device)
         augment.check(self.table.images)
         self.batch_size, self.augment = batch_size, augment
-        self._whole, self._mine = batch_size * ranks, slice(rank * batch_size, (rank + 1) * batch_size)
+        self._share = Share(rank, ranks)
         self._ids = ids.to(device)
         self._generator, self._host = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
         self._order = self._permutation()
@@ -90,7 +91,7 @@ class ResidentLoader:
 
     def __len__(self) -> int:
         """Full batches an epoch."""
-        return len(self._ids) // self._whole
+        return len(self._ids) // self._share.whole(self.batch_size)
 
     def __iter__(self) -> "ResidentLoader":
         return self
@@ -100,13 +101,13 @@ class ResidentLoader:
 
     def next_batch(self) -> Batch:
         """Return the next batch; reshuffles when fewer than a batch are left. Never waits for the device."""
-        if self._position + self._whole > len(self._ids):
+        whole = self._share.whole(self.batch_size)
+        if self._position + whole > len(self._ids):
             self._order, self._position = self._permutation(), 0
-        ids = self._ids[self._order[self._position : self._position + self._whole]]
-        self._position += self._whole
-        # The whole batch on every rank: so they draw the same numbers, and see together what one rank alone would see.
-        images = self.augment(self.table.images, ids, self._generator, self._host)[self._mine]
-        return Batch(images, self.table.labels[ids[self._mine]], ids[self._mine])
+        ids = self._ids[self._order[self._position : self._position + whole][self._share.part(self.batch_size)]]
+        self._position += whole
+        images = self.augment(self.table.images, ids, self._generator, self._host, self._share)
+        return Batch(images, self.table.labels[ids], ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as CPU tensors and an integer."""

@@ -19,9 +19,6 @@ from fastadvisor.errors import UserError
 
 T = TypeVar("T")
 
-RANK_STRIDE = 2**33
-"""Between the seeds of two ranks: beyond any seed of a run."""
-
 
 class Decoded(NamedTuple):
     """A batch as a backend makes it."""
@@ -88,8 +85,8 @@ class StreamLoader:
         self.batch_size = order.batch_size
         self.waited = 0.0
         """Seconds in which the training had nothing to do but wait for this loader."""
-        seed = order.seed + RANK_STRIDE * order.rank  # what is drawn on the device is drawn for this rank's images alone
-        self._generator, self._host = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device).manual_seed(order.seed)
+        self._host = torch.Generator().manual_seed(order.seed)
         self._index = 0
         self._decoded: Iterator[Decoded] | None = None
 
@@ -126,10 +123,11 @@ class StreamLoader:
 
     def _finish(self, images: Tensor) -> Tensor:
         if self.augment is not None:  # does it all: mirror, AutoAugment, Cutout
-            return self.augment(images, torch.arange(len(images), device=self.device), self._generator, self._host)
+            rows = torch.arange(len(images), device=self.device)
+            return self.augment(images, rows, self._generator, self._host, self.order.share)
         if images.dtype == torch.uint8:
             images = normalize(images, self.mean, self.std)
-        return cutout(images, self.hole, self._generator) if self.hole else images
+        return cutout(images, self.hole, self._generator, self.order.share) if self.hole else images
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as CPU tensors and plain values."""
@@ -139,6 +137,7 @@ class StreamLoader:
             "generator": self._generator.get_state(),
             "host": self._host.get_state(),
             "backend": self.backend.state_dict(),
+            "share": list(self.order.share),
             "bad": dict(self.bad.reasons),
         }
 
@@ -153,7 +152,8 @@ class StreamLoader:
         set_generator(self._host, state["host"])
         self._index, self._decoded = int(state["index"]), None
         self.bad.reasons = {int(row): str(reason) for row, reason in state["bad"].items()}
-        self.backend.load_state_dict(state["backend"])
+        if list(state["share"]) == list(self.order.share):  # else a backend that draws by itself begins anew
+            self.backend.load_state_dict(state["backend"])
 
     def close(self) -> None:
         """End threads and processes."""
