@@ -103,7 +103,7 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
         message = str(error)
         error.__context__ = None  # whose frames hold the tensors
     # Outside the except block: what was held when memory ran out is free now.
-    fits = rehearsal.batch_size_that_fits(config, data, device) if data is not None and ranks.count == 1 else None
+    fits = None if data is None else rehearsal.batch_size_that_fits(config, data, device, ranks.count)
     raise OutOfMemoryError(message if fits is None else f"{message} --batch-size {fits} fits (it was tried).")
 
 

@@ -63,17 +63,20 @@ def iterate(trainer: Trainer, count: int) -> list[float]:
     return times
 
 
-def batch_size_that_fits(config: Config, data: TrainingData, device: torch.device) -> int | None:
-    """Halve --batch-size until an iteration with a meta step goes through; None if none does, or the trouble is another."""
-    batch = config.batch_size // 2
+def batch_size_that_fits(config: Config, data: TrainingData, device: torch.device, ranks: int = 1) -> int | None:
+    """Halve --batch-size until an iteration with a meta step goes through; None if none does, or the trouble is another.
+
+    Of several ranks the one whose memory ran out tries its own part alone: the others wait for it in vain.
+    """
+    batch = config.batch_size // ranks // 2
     while batch >= max(2, config.accumulate):
         batch -= batch % config.accumulate
-        meta = None if config.meta_batch_size is None else min(config.meta_batch_size, batch)
+        meta = None if config.meta_batch_size is None else min(config.meta_batch_size // ranks, batch)
         smaller = replace(config, batch_size=batch, meta_batch_size=meta)
         try:
             with memory.enough(device), closing(Trainer(smaller, data, device)) as trainer:
                 iterate(trainer, trainer.step.interval)
-            return batch
+            return batch * ranks
         except OutOfMemoryError as error:
             error.__context__ = None  # whose frames hold the tensors
         except UserError:

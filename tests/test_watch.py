@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,9 @@ def test_the_search_for_a_batch_size_respects_micro_batches(tmp_path, monkeypatc
     config = settings(tmp_path / "run", batch_size=60, meta_batch_size=18, accumulate=3)
     assert rehearsal.batch_size_that_fits(config, None, CPU) is None
     assert tried == [(30, 18), (15, 15), (6, 6), (3, 3)]
+    tried.clear()
+    assert rehearsal.batch_size_that_fits(replace(config, accumulate=1), None, CPU, ranks=3) is None
+    assert tried == [(10, 6), (5, 5), (2, 2)]  # of one rank
 
 
 def test_a_dry_run_writes_nothing_and_says_how_long_it_would_take(tmp_path, monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """``fastadvisor`` with one rank that fails in the middle of an iteration.
 
-FAULT=kill|raise|refuse|nan FAULT_RANK=1 FAULT_ITERATION=6 [FAULT_RESTART=0]: where, when, and in which life.
+FAULT=kill|raise|refuse|nan|memory FAULT_RANK=1 FAULT_ITERATION=6 [FAULT_RESTART=0]: where, when, and in which life.
 """
 
 import os
 import signal
 import sys
+
+import torch
 
 from fastadvisor.cli import main
 from fastadvisor.errors import UserError
@@ -20,7 +22,10 @@ def faulty(self, train, meta):
     here = os.environ["RANK"] == os.environ["FAULT_RANK"]
     now = self.iteration + 1 == int(os.environ["FAULT_ITERATION"])
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == os.environ.get("FAULT_RESTART", "0")
-    if here and now and life:
+    if os.environ["FAULT"] == "memory":
+        if here and len(train.labels) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    elif here and now and life:
         if os.environ["FAULT"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ["FAULT"] == "refuse":

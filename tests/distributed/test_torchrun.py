@@ -51,7 +51,13 @@ def test_two_ranks_train_what_one_would(two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"), [("kill", ""), ("raise", "ArithmeticError: a mistake of ours"), ("refuse", "photo")]
+    ("fault", "says"),
+    [
+        ("kill", ""),
+        ("raise", "ArithmeticError: a mistake of ours"),
+        ("refuse", "photo"),
+        ("memory", "--batch-size 50 fits (it was tried)"),
+    ],
 )
 def test_one_rank_fails_and_all_end_quickly_with_its_message(tmp_path, fault, says):
     began = time.monotonic()
