@@ -13,7 +13,7 @@ import torch
 from fastadvisor import rehearsal
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import Source, TrainingData, load_source, prepare, stage
-from fastadvisor.errors import OutOfMemoryError, UserError
+from fastadvisor.errors import Interrupted, OutOfMemoryError, UserError
 from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
@@ -51,7 +51,13 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult | 
         check_kernels(device)
         if config.keep_memory and device.type == "cpu":
             allocator.keep_freed_memory()
-        return _train(restarted(config, ranks), source, device, ranks)
+        try:
+            result = _train(restarted(config, ranks), source, device, ranks)
+        except Interrupted:  # all of them
+            ranks.leave()
+            raise
+    ranks.leave()
+    return result
 
 
 def check_config(config: Config) -> None:

@@ -5,10 +5,11 @@ take the same step. A process that torchrun did not start is rank 0 of 1, and no
 """
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -27,6 +28,9 @@ BUCKET_BYTES = 25 * 2**20
 TIMEOUT = timedelta(hours=2)
 """A rank that does not come to a collective: while one of them makes small copies of a large data set, the others wait."""
 
+GROUPS = itertools.count()
+"""Numbers of the groups that this process joins, one after the other: each finds its members under keys of its own."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -36,6 +40,8 @@ class Ranks:
     count: int = 1
     local: int = 0
     """Number of this process on its machine, and of its GPU."""
+    joined: bool = False
+    """Whether we have joined the others ourselves, and so leave them."""
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -46,7 +52,8 @@ class Ranks:
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return ALONE
-        ranks = cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        ranks = cls(rank, count, int(os.environ.get("LOCAL_RANK", "0")), not dist.is_initialized())
         if ranks.count == 1:
             return ALONE
         if torch.cuda.is_available():
@@ -63,6 +70,7 @@ class Ranks:
                 if store is None:
                     dist.init_process_group(backend, timeout=TIMEOUT)
                 else:
+                    store = PrefixStore(f"group {next(GROUPS)}", store)
                     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=ranks.rank, world_size=ranks.count)
             except (RuntimeError, ValueError, dist.DistError) as error:
                 reason = " ".join(str(error).split())[:150]
@@ -166,11 +174,14 @@ class Ranks:
             for tensor in module.buffers():
                 dist.broadcast(tensor.detach(), 0)
 
-    def close(self) -> None:
-        """Leave the others."""
-        if self.count > 1 and dist.is_initialized():
-            with suppress(RuntimeError):
-                dist.destroy_process_group()
+    def leave(self) -> None:
+        """Leave the others when all are done; not where one has failed, whom they would wait for.
+
+        A process that ends without it may be aborted by a thread of torch's that nobody has joined.
+        """
+        if self.joined and dist.is_initialized():
+            self.wait()
+            dist.destroy_process_group()
 
 
 ALONE = Ranks()

@@ -99,6 +99,26 @@ def test_a_restart_by_torchrun_goes_on_from_the_last_save(two, tmp_path):
     assert kills.same(*(torch.load(run / "model.pt", weights_only=True) for run in (two[0], tmp_path / "run")))
 
 
+def test_two_trainings_and_a_dry_run_one_after_the_other(tmp_path):
+    program = tmp_path / "several.py"
+    program.write_text(
+        "import sys, fastadvisor\n"
+        "from fastadvisor import cli\n"
+        "ends = []\n"
+        "for name in 'ab':\n"
+        "    settings = dict(epochs=1, device='cpu', progress=False, tensorboard=False, output=f'{sys.argv[1]}/{name}')\n"
+        "    ends.append(fastadvisor.train(**settings).summary['test_top1'])\n"
+        "assert ends[0] == ends[1]\n"
+        "assert cli.main(['train', '--dry-run', '--device', 'cpu']) == 0\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", program, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Finished") == 2
+    assert done.stdout.count("Dry run") == 1
+
+
 def test_two_ranks_go_on_where_one_was_killed_as_one_would_have(two, tmp_path):
     faults = {"FAULT": "kill", "FAULT_RANK": "0", "FAULT_ITERATION": "7"}
     command = [*TRAIN, "--sync-bn", "--save-every", "3", "--output", tmp_path / "run"]

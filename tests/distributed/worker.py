@@ -147,7 +147,7 @@ def main(path):
     if ranks.first:
         with open(path, "w", encoding="utf-8") as file:
             json.dump(found, file)
-    ranks.close()
+    ranks.leave()
 
 
 if __name__ == "__main__":
