@@ -18,6 +18,7 @@ from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, pick_device
 from fastadvisor.runtime.random_state import CommonRandomness, RandomState
+from fastadvisor.runtime.share import Share
 from fastadvisor.step import Step
 from fastadvisor.watch import NonFiniteError
 
@@ -43,7 +44,7 @@ def replay(run: Path, *, device: str = "auto") -> dict[str, Any]:
             train, meta = (None if part is None else Batch(*part) for part in batches)
             assert train is not None
             step = _rebuilt(state, train, pick_device(device), path)
-            step.execution.common = CommonRandomness(step.execution.device, rank, len(state["batches"]))
+            step.execution.common = CommonRandomness(step.execution.device, Share(rank, len(state["batches"])))
             step.execution.common.load_state_dict(state["common_before"])
             found = {"rank": rank, "ids": train.ids.tolist(), **_take(step, state, train, meta)}
             if found["found"] is not None:

@@ -99,7 +99,8 @@ class Step:
         """Return the method's random numbers for ``train``: this rank's part of those for the batch of all ranks."""
         common, rows = self.execution.common, len(train.labels)
         with common.drawing():
-            return rows_of(self.method.draw(common.count * rows, train.labels.device), common.part(rows))
+            whole = self.method.draw(common.share.whole(rows), train.labels.device)
+        return rows_of(whole, common.share.part(rows))
 
     def loss_pre_calculation(
         self, train: Batch, draw: Beta, plan: Plan | None = None, *, with_meta_step: bool = True

@@ -6,9 +6,9 @@ import torch
 from torch import Generator, Tensor
 
 from fastadvisor.data.autoaugment import AutoAugment, cutout
-from fastadvisor.data.order import WHOLE, Share
 from fastadvisor.data.types import Triple
 from fastadvisor.errors import UserError
+from fastadvisor.runtime.share import WHOLE, Share
 
 
 class Augmentation:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import conv2d, grid_sample
 from torchvision.transforms.v2 import functional as F
 
-from fastadvisor.data.order import WHOLE, Share
+from fastadvisor.runtime.share import WHOLE, Share
 
 Step = tuple[str, float, int | None]
 """Operation, probability, magnitude as one of BINS steps."""

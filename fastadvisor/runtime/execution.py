@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastadvisor.runtime.random_state import CommonRandomness
 from fastadvisor.runtime.ranks import ALONE, Ranks, added
+from fastadvisor.runtime.share import Share
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class Execution:
         self.device = torch.device("cpu") if device is None else device
         self.dtype = None if dtype is torch.float32 else dtype
         self.ranks = ranks
-        self.common = CommonRandomness(self.device, ranks.rank, ranks.count)
+        self.common = CommonRandomness(self.device, Share(ranks.rank, ranks.count))
         self.scaler = torch.amp.GradScaler(self.device.type) if dtype is torch.float16 else None
         self._unscaled_of: set[int] = set()
         """Optimizers (by id) whose gradients have been scaled back in this iteration."""

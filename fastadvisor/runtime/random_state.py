@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastadvisor.runtime.share import WHOLE, Share
+
 
 class RandomState(NamedTuple):
     """Torch's random state at the start of a forward pass, for passes that must drop the same units."""
@@ -55,12 +57,11 @@ class CommonRandomness:
 
     Args:
         device: to draw on.
-        rank: of this process.
-        count: of processes that share a batch.
+        share: what of a batch is this rank's.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, count: int = 1) -> None:
-        self.device, self.rank, self.count = device, rank, count
+    def __init__(self, device: torch.device, share: Share = WHOLE) -> None:
+        self.device, self.share = device, share
         self._state: RandomState | None = None
         """Of the common stream; None: it is torch's own."""
 
@@ -78,10 +79,6 @@ class CommonRandomness:
             yield
             self._state = RandomState.now(self.device)
 
-    def part(self, size: int) -> slice:
-        """Return this rank's rows of a batch of which each has ``size``."""
-        return slice(self.rank * size, (self.rank + 1) * size)
-
     def state_dict(self) -> dict[str, Any]:
         """Return where the common stream stands."""
         return (RandomState.now(self.device) if self._state is None else self._state).to_plain()
@@ -89,7 +86,7 @@ class CommonRandomness:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``, that of one process or of several, as one process or as several."""
         found = RandomState.of_plain(state, self.device)
-        if self.count > 1:
+        if self.share.ranks > 1:
             self._state = found
         else:
             found.restore()

@@ -82,11 +82,6 @@ class Ranks:
         """Whether this process writes the files and speaks for all."""
         return self.rank == 0
 
-    def part(self, whole: int) -> slice:
-        """Return this rank's rows of a batch of ``whole``, which all ranks share evenly."""
-        each = whole // self.count
-        return slice(self.rank * each, (self.rank + 1) * each)
-
     def gradients(
         self, loss: Tensor, inputs: Sequence[Tensor], plus: Sequence[Tensor | None] | None = None, **options: Any
     ) -> tuple[Tensor | None, ...]:

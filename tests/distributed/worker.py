@@ -10,7 +10,6 @@ import warnings
 import torch
 from torch import nn
 
-from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers, ValidatedEngine
 from fastadvisor.models import cut_at, layers_of
 from fastadvisor.models.sync_batch_norm import synchronise
@@ -103,7 +102,7 @@ def train(case, ranks, kind):
     for _ in range(ITERATIONS):
         whole, meta = batch(TRAIN, generator), batch(META, generator)
         if ranks.count > 1:
-            whole, meta = (Batch(*(part[ranks.part(len(part))] for part in one)) for one in (whole, meta))
+            whole, meta = (one.split(ranks.count)[ranks.rank] for one in (whole, meta))
         result = step(whole, meta if task.method.learns else None)
         (loss,) = ranks.average([result.loss])
         losses.append(loss)

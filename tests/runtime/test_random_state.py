@@ -3,6 +3,7 @@ import torch
 from torch.nn.functional import dropout
 
 from fastadvisor.runtime.random_state import CommonRandomness, RandomState
+from fastadvisor.runtime.share import Share
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def test_the_recorded_state_does_not_move():
 
 def several(count):
     """The common streams of so many ranks that stand where torch's own does."""
-    found = [CommonRandomness(CPU, rank, count) for rank in range(count)]
+    found = [CommonRandomness(CPU, Share(rank, count)) for rank in range(count)]
     for one in found:
         one.split_off()
     return found
@@ -71,11 +72,11 @@ def test_ranks_draw_together_what_one_process_draws():
         whole = torch.rand(12)
     torch.rand(3)
     more = torch.rand(4)
-    for rank in ranks:
-        torch.manual_seed(rank.rank + 1)
+    for number, rank in enumerate(ranks):
+        torch.manual_seed(number + 1)
         with rank.drawing():
-            assert torch.equal(torch.rand(12)[rank.part(4)], whole[4 * rank.rank : 4 * rank.rank + 4])
-        torch.rand(rank.rank)  # of its own
+            assert torch.equal(torch.rand(12)[rank.share.part(4)], whole[4 * number : 4 * number + 4])
+        torch.rand(number)  # of its own
         with rank.drawing():
             torch.rand(3)
             assert torch.equal(torch.rand(4), more)
@@ -111,7 +112,7 @@ def test_the_common_stream_goes_on_with_any_number_of_ranks(before, after):
     with saved.drawing():
         want = torch.rand(5)
     torch.manual_seed(77)
-    resumed = CommonRandomness(CPU, after - 1, after)
+    resumed = CommonRandomness(CPU, Share(after - 1, after))
     resumed.load_state_dict(state)
     with resumed.drawing():
         assert torch.equal(torch.rand(5), want)

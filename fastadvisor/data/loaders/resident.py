@@ -10,9 +10,9 @@ from torch import Tensor
 from fastadvisor.data.augment import Augmentation, normalize
 from fastadvisor.data.images import ArrayImages
 from fastadvisor.data.loaders.stream import check_state, set_generator
-from fastadvisor.data.order import Share
 from fastadvisor.data.types import Batch, TrainingData, Triple
 from fastadvisor.errors import UserError
+from fastadvisor.runtime.share import Share
 
 
 @dataclass(frozen=True)
