@@ -1,11 +1,18 @@
 """The arithmetic of ``benchmarks.scaling``, on cases small enough for paper."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from torchvision.models import resnet18
 
 from benchmarks import scaling
 from benchmarks.scaling import Averaging, Engine, Machine, Network
+from fastadvisor.metagrad import ForwardEngine
+from fastadvisor.models.sync_batch_norm import synchronise
+from fastadvisor.runtime.ranks import Ranks
+from fastadvisor.step import Step
+from tests.metagrad.problem import plain, problem
 
 SIMPLE = Machine(tflops=1e-12, utilisation=1.0, node=2, nvlink=100.0, network=10.0, latency=0.0)
 NET = Network(parameters=100, upper=60, upper_share=0.5, layer_share=0.4, head=20, advisor=10, flops=1.0, normalisations=3)
@@ -37,6 +44,36 @@ def test_a_ring_sends_each_byte_twice_but_for_its_own_part():
 def test_what_each_engine_averages_and_computes(name, parameters, units):
     assert scaling.bytes_moved(engine(name), 2) == pytest.approx(4 * parameters)
     assert scaling.compute_seconds(engine(name), NET, SIMPLE, 2) == pytest.approx(2 * units)
+
+
+@dataclass(frozen=True)
+class Counting(Ranks):
+    """One process that counts what it would send."""
+
+    sent: list = field(default_factory=list)
+
+    def total(self, tensor):
+        self.sent.append(tensor.numel())
+        return tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "settings"),
+    [
+        ("plain", "ce", {}),
+        ("exact", "mfrw", {}),
+        ("exact, `--lean`", "mfrw", {"lean": True}),
+        ("exact, one step behind", "mfrw", {"behind": True}),
+    ],
+)
+def test_the_messages_of_a_synchronised_normalisation(name, method, settings):
+    task, ranks = problem(method), Counting()
+    norms = synchronise(task.model.model, ranks)
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+    advisor = None if task.method.advisor is None else torch.optim.SGD(task.method.advisor.parameters(), lr=0.1)
+    step = Step(task.model, task.method, optimizer, advisor, ForwardEngine(plain), plain, **settings)
+    step(task.train, task.meta)
+    assert len(ranks.sent) == norms * engine(name).norm_collectives
 
 
 def test_a_backward_pass_hides_all_but_the_last_bucket():

@@ -76,6 +76,8 @@ class Recording(TorchFunctionMode):
             self.tape.append(func, result)
         elif func is F.batch_norm:
             self.tape.append(func, *_saved_statistics(result))
+        elif func is sync_batch_norm.batch_norm:
+            self.tape.append(func, *sync_batch_norm.saved_statistics(result))
         return result
 
 
@@ -103,12 +105,12 @@ class Tangents(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` or its rule."""
-        if func is sync_batch_norm.batch_norm:
-            return synchronised_batch_norm(*args, **(kwargs or {}))
-        if func not in PRODUCTS and func is not F.batch_norm:
+        if func not in PRODUCTS and func not in (F.batch_norm, sync_batch_norm.batch_norm):
             return func(*args, **(kwargs or {}))
         known = self.tape.find(self.position, func)
         self.position += 1
+        if func is sync_batch_norm.batch_norm:
+            return synchronised_batch_norm(known, *args, **(kwargs or {}))
         if func is F.batch_norm:
             return batch_norm(known, *args, **(kwargs or {}))
         return product(func, known, *args, **(kwargs or {}))
@@ -181,6 +183,7 @@ def batch_norm(
 
 
 def synchronised_batch_norm(
+    known: tuple[Tensor, ...],
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -190,12 +193,18 @@ def synchronised_batch_norm(
     eps: float,
     ranks: Ranks,
 ) -> Tensor:
-    """Return what ``sync_batch_norm.batch_norm`` does, with the tangent by its formula; running statistics stay as they are."""
+    """Return what ``sync_batch_norm.batch_norm`` does, with the tangent by its formula; running statistics stay as they are.
+
+    ``known``: (mean of x, 1/σ, count) of all ranks, if they need not be computed.
+    """
     x, x_dot = forward_ad.unpack_dual(input)
     gamma, gamma_dot = (torch.ones(()), None) if weight is None else forward_ad.unpack_dual(weight)
     beta, beta_dot = (torch.zeros(()), None) if bias is None else forward_ad.unpack_dual(bias)
-    mean, var, count = sync_batch_norm.statistics(x, ranks)
-    inverse = (var + eps).rsqrt()
+    if known:
+        mean, inverse, count = known
+    else:
+        mean, var, count = sync_batch_norm.statistics(x, ranks)
+        inverse = (var + eps).rsqrt()
     shape = (1, -1, *(1 for _ in x.shape[2:]))
     normalised = (x.to(mean.dtype) - mean.reshape(shape)) * inverse.reshape(shape)
     y = (gamma.to(mean).expand_as(mean).reshape(shape) * normalised + beta.to(mean).expand_as(mean).reshape(shape)).to(x.dtype)
