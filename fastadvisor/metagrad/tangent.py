@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastadvisor.models import sync_batch_norm
+from fastadvisor.models.normalisation import affine, combined, inner_sums
 from fastadvisor.runtime.ranks import Ranks
 
 PRODUCTS = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
@@ -162,24 +163,17 @@ def batch_norm(
     gamma, gamma_dot = forward_ad.unpack_dual(weight)
     beta, beta_dot = forward_ad.unpack_dual(bias)
     mean, inverse = known or _statistics(x, eps)
-    y = _affine(x, gamma * inverse, beta - gamma * inverse * mean)
-    _, of_gamma, of_beta = torch.ops.aten.native_batch_norm_backward(
-        x_dot.to(x.dtype), x, gamma, None, None, mean, inverse, True, eps, [False, True, True]
-    )
-    count = x.numel() // x.shape[1]
     slope = gamma * inverse
+    y = affine(x, slope, beta - slope * mean)
+    of_gamma, of_beta = inner_sums(x_dot, x, mean, inverse)
+    count = x.numel() // x.shape[1]
     slope_x = -inverse * slope * of_gamma / count
     shift = -slope * of_beta / count
     if gamma_dot is not None:
         slope_x = slope_x + inverse * gamma_dot
     if beta_dot is not None:
         shift = shift + beta_dot
-    y_dot = _affine(x_dot, slope, shift - slope_x * mean if x.dtype == slope_x.dtype else shift)
-    if x.dtype == slope_x.dtype:
-        y_dot.addcmul_(x, slope_x.reshape(-1, *(1 for _ in x.shape[2:])))
-    else:  # rounded to x's dtype the slope would no longer fit the shift
-        y_dot = y_dot + _affine(x, slope_x, -slope_x * mean)
-    return forward_ad.make_dual(y, y_dot)
+    return forward_ad.make_dual(y, combined(x_dot, slope, x, slope_x, mean, shift))
 
 
 def synchronised_batch_norm(
@@ -205,27 +199,17 @@ def synchronised_batch_norm(
     else:
         mean, var, count = sync_batch_norm.statistics(x, ranks)
         inverse = (var + eps).rsqrt()
-    shape = (1, -1, *(1 for _ in x.shape[2:]))
-    normalised = (x.to(mean.dtype) - mean.reshape(shape)) * inverse.reshape(shape)
-    y = (gamma.to(mean).expand_as(mean).reshape(shape) * normalised + beta.to(mean).expand_as(mean).reshape(shape)).to(x.dtype)
-    # Every rank takes part in the sums, whether or not the layer's own input moves: all ranks' inputs do, or none.
-    parts = []
-    if x_dot is not None:
-        mean_dot, mean_hat = sync_batch_norm.tangent_means(x, x_dot, mean, inverse, count, ranks)
-        inner = x_dot.to(mean.dtype) - mean_dot.reshape(shape) - normalised * mean_hat.reshape(shape)
-        parts.append((gamma.to(mean) * inverse).reshape(shape) * inner)
-    if gamma_dot is not None:
-        parts.append(gamma_dot.to(mean).reshape(shape) * normalised)
-    if beta_dot is not None:
-        parts.append(beta_dot.to(mean).reshape(shape).expand_as(normalised))
-    return forward_ad.make_dual(y, sum(parts[1:], parts[0]).to(x.dtype)) if parts else y
-
-
-def _affine(x: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """Return slope · x + shift, with one of each a channel, in one pass: a normalisation by mean 0 and variance 1."""
-    # Not F.batch_norm: that of torch 2.11 refuses an eps of 0.
-    mean, var = torch.zeros_like(slope), torch.ones_like(slope)
-    return torch.batch_norm(x, slope, shift, mean, var, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+    slope = gamma.to(mean) * inverse
+    y = affine(x, slope, beta.to(mean) - slope * mean)
+    slope_x = torch.zeros_like(mean) if gamma_dot is None else gamma_dot.to(mean) * inverse
+    shift = torch.zeros_like(mean) if beta_dot is None else beta_dot.to(mean)
+    if x_dot is None and gamma_dot is None and beta_dot is None:
+        return y
+    if x_dot is None:  # on all ranks, or on none: what follows sends a message
+        return forward_ad.make_dual(y, affine(x, slope_x, shift - slope_x * mean))
+    mean_hat, mean_dot = sync_batch_norm.inner_means(x_dot, x, mean, inverse, count, ranks)
+    slope_x = slope_x - inverse * slope * mean_hat
+    return forward_ad.make_dual(y, combined(x_dot, slope, x, slope_x, mean, shift - slope * mean_dot))
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fastadvisor.models.normalisation import affine, combined, inner_sums
 from fastadvisor.runtime.ranks import Ranks
 
 
@@ -99,14 +100,9 @@ def statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     return mean.to(wide.dtype), var.to(wide.dtype), sums[-1].to(wide.dtype)
 
 
-def tangent_means(
-    x: Tensor, x_dot: Tensor, mean: Tensor, inverse: Tensor, count: Tensor, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Return the means over all ranks of ẋ and of x̂ ẋ a channel: (C,) each."""
-    wide = x_dot.to(mean.dtype)
-    dims = [0, *range(2, x.dim())]
-    normalised = (x.to(mean.dtype) - _shaped(mean, x)) * _shaped(inverse, x)
-    sums = ranks.total(torch.stack([wide.sum(dims), (wide * normalised).sum(dims)])) / count
+def inner_means(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, count: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return the means over all ranks of x̂ d and of d a channel: (C,) each."""
+    sums = ranks.total(torch.stack(inner_sums(d, x, mean, inverse))) / count
     return sums[0], sums[1]
 
 
@@ -126,19 +122,16 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, gamma, mean, inverse, count)
         ctx.ranks = ranks
         slope = gamma * inverse
-        return (x.to(slope.dtype) * _shaped(slope, x) + _shaped(beta - slope * mean, x)).to(x.dtype)
+        return affine(x, slope, beta - slope * mean)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, mean, inverse, count = ctx.saved_tensors
-        dims = [0, *range(2, x.dim())]
-        wide = dy.to(mean.dtype)
-        normalised = (x.to(mean.dtype) - _shaped(mean, x)) * _shaped(inverse, x)
-        of_beta, of_gamma = wide.sum(dims), (wide * normalised).sum(dims)
-        sums = ctx.ranks.total(torch.stack([of_beta, of_gamma])) / count
-        dx = wide - _shaped(sums[0], x) - normalised * _shaped(sums[1], x)
-        dx = (dx * _shaped(gamma * inverse, x)).to(x.dtype)
+        of_gamma, of_beta = inner_sums(dy, x, mean, inverse)
+        mean_hat, mean_dy = ctx.ranks.total(torch.stack([of_gamma, of_beta])) / count
+        slope = gamma * inverse
+        dx = combined(dy, slope, x, -inverse * slope * mean_hat, mean, -slope * mean_dy)
         return dx, of_gamma.to(gamma.dtype), of_beta.to(gamma.dtype), None, None, None, None
 
 
