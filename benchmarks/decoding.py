@@ -7,7 +7,6 @@ differences between pipelines that stop after one more step each; the windows ar
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 
 from benchmarks.loaders import SIZE
 from benchmarks.photos import write_benchmark_set
-from benchmarks.tables import about, command
+from benchmarks.tables import about, command, publish
 from fastadvisor.data.decode import decode_rgb
 from fastadvisor.data.geometry import DRAWS, Geometry
 from fastadvisor.data.jpeg import plain_jpeg_size
@@ -173,11 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {"micros": measure(plan.side, plan.rounds), "side": plan.side, "rounds": plan.rounds}
     result |= {"command": command(arguments, "benchmarks.decoding"), "environment": about()}
     text = report(result)
-    print(text)
-    if plan.markdown:
-        plan.markdown.write_text(text + "\n")
-    if plan.json:
-        plan.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, text, plan.json, plan.markdown)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ images: it is the ceiling. The files are generated and have been read before, so
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.photos import write_benchmark_set
-from benchmarks.tables import about, command
+from benchmarks.tables import about, command, publish
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import TrainingData, build_loaders, load_source, prepare
 from fastadvisor.data.loaders import Loaders, dali
@@ -312,11 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "environment": about(),
     }
     text = report(result)
-    print(text)
-    if plan.markdown:
-        plan.markdown.write_text(text + "\n")
-    if plan.json:
-        plan.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, text, plan.json, plan.markdown)
     if any(reason.startswith(("other ids", "pixels")) for reason in result["left_out"].values()):
         raise SystemExit("A loader's check is red: see above.")
 

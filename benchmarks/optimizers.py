@@ -9,7 +9,6 @@ by these figures.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from torch import nn
 
 from benchmarks.contenders import CLASSES, SIDE
 from benchmarks.step import Cycle, interleaved, quartiles
-from benchmarks.tables import about, command
+from benchmarks.tables import about, command, publish
 from fastadvisor.config import ModelConfig
 from fastadvisor.models import build_model
 from fastadvisor.runtime.allocator import keep_freed_memory
@@ -134,11 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result |= {"model": plan.model, "steps": plan.steps, "rounds": plan.rounds, "device": device.type}
     result |= {"command": command(arguments, "benchmarks.optimizers"), "environment": about()}
     text = report(result)
-    print(text)
-    if plan.markdown:
-        plan.markdown.write_text(text + "\n")
-    if plan.json:
-        plan.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, text, plan.json, plan.markdown)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare the meta-gradient of mixed precision with that of float32, on trained weights.
 
-    python -m benchmarks.precision [--config FILE or flags of fastadvisor train after --] [--batches 8] [--json FILE]
+    python -m benchmarks.precision [--batches 8] [--json FILE] [--markdown FILE] [-- flags of fastadvisor train]
 
 Trains a classifier as told (default: the digits), and then, at its trained weights, computes the meta-gradient of every method
 in float32, bfloat16 and float16 on the same batches and random numbers. A gate: exit status 1 if a mean cosine to float32 is
@@ -8,9 +8,8 @@ under 0.99.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.tables import about, command, publish
 from fastadvisor.assembly import build_step
 from fastadvisor.cli import parse_config
 from fastadvisor.config import Config
 from fastadvisor.data import Batch, load_source, prepare, stage
 from fastadvisor.methods import METHODS, build_method
-from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.random_state import RandomState
@@ -87,38 +86,43 @@ def gradient(
     return torch.cat([part.flatten().float() for part in found.gradients])
 
 
-def main() -> int:
+def report(result: dict[str, Any]) -> str:
+    """Return the measurement as Markdown."""
+    where = result["environment"]
+    device = where["device"] if result["device"] != "cpu" else where["processor"]
+    lines = [
+        f"    {result['command']}",
+        "",
+        f"{device}, torch {where['torch']}, commit {where['commit'] or 'unknown'}; the gate is {GATE}.",
+        "",
+        "| method | precision | mean cosine | smallest |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {row['method']} | {row['dtype']} | {row['mean']:.4f} | {row['min']:.4f} |" for row in result["rows"]]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
-    own, _, flags = " ".join(sys.argv[1:]).partition("-- ")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description="Cosine of the meta-gradient in mixed precision to that in float32.")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args(own.split())
-    config = parse_config(Config, "train", "", [*flags.split(), "--no-tensorboard"])
+    parser.add_argument("--markdown", type=Path, help="write what is printed")
+    args = parser.parse_args(arguments[:at])
+    config = parse_config(Config, "train", "", [*arguments[at + 1 :], "--no-tensorboard"])
     with closing(trained(config)) as trainer:
         found: dict[tuple[str, str], list[float]] = {}
         for method, dtype, cosine in tqdm(cosines(trainer, args.batches)):
             found.setdefault((method, dtype), []).append(cosine)
-    print(f"python -m benchmarks.precision {' '.join(sys.argv[1:])}\n{environment()}")
-    print("| method | precision | mean cosine | smallest |", "|---|---|---|---|", sep="\n")
     rows: list[dict[str, Any]] = [
         {"method": method, "dtype": dtype, "mean": sum(values) / len(values), "min": min(values)}
         for (method, dtype), values in found.items()
     ]
-    for row in rows:
-        print(f"| {row['method']} | {row['dtype']} | {row['mean']:.4f} | {row['min']:.4f} |")
-    if args.json is not None:
-        args.json.write_text(
-            json.dumps(
-                {
-                    "command": " ".join(["python -m benchmarks.precision", *sys.argv[1:]]),
-                    "versions": environment(),
-                    "rows": rows,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+    result: dict[str, Any] = {"command": command(arguments, "benchmarks.precision"), "environment": about()}
+    result |= {"device": trainer.device.type, "rows": rows}
+    publish(result, report(result), args.json, args.markdown)
     red = [row for row in rows if not row["mean"] >= GATE]
     print("The gate is open." if not red else f"The gate is shut: {len(red)} under {GATE}.")
     return 1 if red else 0

@@ -9,7 +9,6 @@ On a GPU without ``--amp`` or ``--no-amp``, float32 and bfloat16 autocast are bo
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import torch
 
 from benchmarks import checks, peak_memory
 from benchmarks.contenders import CONTENDERS, Setting, Unavailable, batches, chosen, iterate
-from benchmarks.tables import about, command, report, suffixes_of
+from benchmarks.tables import about, command, publish, report, suffixes_of
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 
@@ -192,11 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     result = {**measure(plan, device), "command": command(arguments)}
     text = report(result)
-    print(text)
-    if options.markdown:
-        options.markdown.write_text(text + "\n")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    publish(result, text, options.json, options.markdown)
 
 
 if __name__ == "__main__":

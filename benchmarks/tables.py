@@ -1,15 +1,16 @@
 """How a measurement is shown: a header that says where it is from, and a Markdown table."""
 
+import json
 import platform
 import shlex
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, METHOD, REFERENCE
 from fastadvisor.runtime.environment import environment
+from fastadvisor.runtime.provenance import git_commit
 
 NOTHING = "–"
 OUTPUT_OPTIONS = ("--json", "--markdown")
@@ -28,15 +29,17 @@ def about() -> dict[str, Any]:
 
 def commit() -> str | None:
     """Return the commit's short hash, with a + where files under version control differ from it; None outside git."""
-    here = Path(__file__).parent
+    found = git_commit(Path(__file__).parent)
+    return None if found is None else found[:7] + "+" * found.endswith("+changes")
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def publish(result: Mapping[str, Any], text: str, json_file: Path | None, markdown: Path | None) -> None:
+    """Print ``text``, the Markdown of ``result``; write both where asked to."""
+    print(text)
+    if markdown:
+        markdown.write_text(text + "\n")
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _processor() -> str:
