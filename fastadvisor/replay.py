@@ -1,15 +1,18 @@
-"""``fastadvisor replay``: take the step again at which a run met values that are not finite, and find where they begin."""
+"""The step at which a run met values that are not finite: ``replay.pt``, which the run leaves, and ``fastadvisor replay``,
+which takes the step again and finds where they begin.
+"""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadvisor.assembly import build_step
-from fastadvisor.config import Config, validated
+from fastadvisor.config import Config, to_dict, validated
 from fastadvisor.data import Batch
 from fastadvisor.errors import UserError
 from fastadvisor.methods import build_method
@@ -20,7 +23,48 @@ from fastadvisor.runtime.precision import amp_dtype, pick_device
 from fastadvisor.runtime.random_state import CommonRandomness, RandomState
 from fastadvisor.runtime.share import Share
 from fastadvisor.step import Step
-from fastadvisor.watch import NonFiniteError
+from fastadvisor.watch import NonFiniteError, distance_to_cause
+
+if TYPE_CHECKING:
+    from fastadvisor.trainer import Trainer
+
+
+def before(trainer: "Trainer") -> dict[str, Any]:
+    """Return copies of what a step changes before it is known whether it is finite: little, for the weights come last."""
+    advisor, optimizer = trainer.method.advisor, trainer.step.advisor_optimizer
+    return {
+        "random_before": RandomState.now(trainer.device).to_plain(),
+        "common_before": trainer.execution.common.state_dict(),
+        "advisor": None if advisor is None else copy.deepcopy(advisor.state_dict()),
+        "advisor_optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
+    }
+
+
+def record(
+    trainer: "Trainer", path: Path, kept: dict[str, Any], train: Batch, meta: Batch | None, name: str
+) -> tuple[str, str]:
+    """Write what is needed to take the step again: all ranks' batches, and the state before it. All ranks together.
+
+    Args:
+        trainer: after the step, whose weights it has not reached.
+        path: of ``replay.pt``.
+        kept: what :func:`before` returned.
+        train: this rank's batch.
+        meta: its meta batch, if there was one.
+        name: of the tensor that is not finite on this rank.
+
+    Returns:
+        The name of the tensor nearest to the cause on any rank, and some ids of that rank's batch.
+    """
+    ranks = trainer.ranks
+    batches = ranks.gather([None if part is None else [tensor.cpu() for tensor in part] for part in (train, meta)])
+    # A rank whose own values are bad spoils the others' gradients: it is the one to be named.
+    told = ranks.gather((name, train.ids[:8].tolist()))
+    name, some = ranks.share(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
+    state = {**trainer.state(), **kept, "batches": batches, "name": name, "config": to_dict(trainer.config)}
+    if ranks.first:
+        checkpoint.save(path, state)
+    return name, ", ".join(map(str, some)) + (", ..." if len(train.ids) > 8 else "")
 
 
 def replay(run: Path, *, device: str = "auto") -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A run: data, model, method and iteration put together, epochs, schedule, logging, checkpoints. No numerics here."""
 
-import copy
 import math
 import random
 import time
@@ -15,9 +14,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastadvisor import reporting
+from fastadvisor import replay, reporting
 from fastadvisor.assembly import build_step
-from fastadvisor.config import Config, to_dict
+from fastadvisor.config import Config
 from fastadvisor.data import Batch, TrainingData, build_loaders
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.evaluation import Accuracy, accuracy
@@ -33,13 +32,12 @@ from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
 from fastadvisor.runtime.logger import TensorBoard
 from fastadvisor.runtime.precision import amp_dtype, use_tf32
-from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
 from fastadvisor.step import StepResult
-from fastadvisor.watch import Collapse, NonFiniteError, distance_to_cause
+from fastadvisor.watch import Collapse, NonFiniteError
 
 KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}
 """What parts of a checkpoint are taken as they are, without anything that would look at them."""
@@ -255,34 +253,17 @@ class Trainer:
         """
         if self.folder is None or self.config.nan_policy != "stop":
             return self.step(train, meta)
-        before = self._before()
+        before = replay.before(self)
         try:
             return self.step(train, meta)
         except NonFiniteError as error:
             name = error.name
-        batches = self.ranks.gather([None if part is None else [tensor.cpu() for tensor in part] for part in (train, meta)])
-        # A rank whose own values are bad spoils the others' gradients: it is the one to be named.
-        told = self.ranks.gather((name, train.ids[:8].tolist()))
-        name, some = self.ranks.share(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
-        ids = ", ".join(map(str, some)) + (", ..." if len(train.ids) > 8 else "")
-        state = {**self.state(), **before, "batches": batches, "name": name, "config": to_dict(self.config)}
-        if self.ranks.first:
-            checkpoint.save(self.folder.replay, state)
+        name, ids = replay.record(self, self.folder.replay, before, train, meta, name)
         raise UserError(
             f"Iteration {self.step.iteration} (epoch {self.epoch + 1}): {name} is not finite. The batch (ids {ids}) and the "
             f"state before it are in {self.folder.replay}, and 'fastadvisor replay {self.folder.path}' finds where it begins; "
             "lower --lr or --advisor-lr, or add --nan-policy skip."
         )
-
-    def _before(self) -> dict[str, Any]:
-        """Return copies of what a step changes before it is known whether it is finite: little, for the weights come last."""
-        advisor, optimizer = self.method.advisor, self.step.advisor_optimizer
-        return {
-            "random_before": RandomState.now(self.device).to_plain(),
-            "common_before": self.execution.common.state_dict(),
-            "advisor": None if advisor is None else copy.deepcopy(advisor.state_dict()),
-            "advisor_optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
-        }
 
     def _interrupted(self) -> Interrupted:
         number = self.interruption.signal
