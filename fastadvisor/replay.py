@@ -29,15 +29,17 @@ if TYPE_CHECKING:
     from fastadvisor.trainer import Trainer
 
 
-def before(trainer: "Trainer") -> dict[str, Any]:
+def before(trainer: "Trainer", *, with_meta_step: bool) -> dict[str, Any]:
     """Return copies of what a step changes before it is known whether it is finite: little, for the weights come last."""
-    advisor, optimizer = trainer.method.advisor, trainer.step.advisor_optimizer
-    return {
+    kept: dict[str, Any] = {
         "random_before": RandomState.now(trainer.device).to_plain(),
         "common_before": trainer.execution.common.state_dict(),
-        "advisor": None if advisor is None else copy.deepcopy(advisor.state_dict()),
-        "advisor_optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
     }
+    advisor, optimizer = trainer.method.advisor, trainer.step.advisor_optimizer
+    if with_meta_step and advisor is not None and optimizer is not None:
+        kept["advisor"] = copy.deepcopy(advisor.state_dict())
+        kept["advisor_optimizer"] = copy.deepcopy(optimizer.state_dict())
+    return kept
 
 
 def record(

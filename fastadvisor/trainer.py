@@ -253,7 +253,7 @@ class Trainer:
         """
         if self.folder is None or self.config.nan_policy != "stop":
             return self.step(train, meta)
-        before = replay.before(self)
+        before = replay.before(self, with_meta_step=meta is not None)
         try:
             return self.step(train, meta)
         except NonFiniteError as error:
