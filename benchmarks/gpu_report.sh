@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/gpu_report.sh [FOLDER]        default: $OUT, else benchmarks/results/gpu
 #
-# PARTS names what to run, and so what has no room in the ten minutes: PARTS="precision optimizers" bash benchmarks/gpu_report.sh
+# PARTS names what to run, and so what has no room in the ten minutes: PARTS="precision watch optimizers" bash benchmarks/gpu_report.sh
 #
 # Leaves at most ten files in FOLDER (texts, JSON, Markdown). PYTHON names the interpreter; WHEELS a folder of wheels to
 # install without a network (tyro and pydantic are what a machine that has torch usually lacks). A part that fails does not
@@ -48,6 +48,7 @@ part 55 tune "$PYTHON" -m benchmarks.kernels --tune --seconds 15
 part 60 step "$PYTHON" -m benchmarks.step --no-memory --json "$FOLDER/step.json"
 part 110 loaders "$PYTHON" -m benchmarks.loaders --workers 8,16 --rounds 3 --images 2048 --train resnet50 --json "$FOLDER/loaders.json"
 part 200 precision "$PYTHON" -m benchmarks.precision --json "$FOLDER/precision.json" -- --epochs 40 --no-progress
+part 60 watch "$PYTHON" -m benchmarks.watch --model resnet32 --rounds 15 --json "$FOLDER/watch.json"
 part 60 optimizers "$PYTHON" -m benchmarks.optimizers --model resnet50 --json "$FOLDER/optimizers.json"
 echo "In $FOLDER: $(ls "$FOLDER" | tr '\n' ' ')"
 exit $failed

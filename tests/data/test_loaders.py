@@ -116,11 +116,17 @@ def test_an_epoch_sees_every_id_once(photos, opened, name):
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("name", ["resident", *STREAMING])
-@pytest.mark.parametrize("crop", ["pad", "resized"])
+@pytest.mark.parametrize(
+    ("name", "crop"),
+    [
+        ("resident", "pad"),
+        ("torch", "pad"),
+        ("torch", "resized"),
+        pytest.param("dali", "pad", marks=needs_dali),
+        pytest.param("dali", "resized", marks=needs_dali),
+    ],
+)
 def test_ranks_share_an_epoch_and_see_together_what_one_would(photos, opened, name, crop):
-    if (name, crop) == ("resident", "resized"):
-        pytest.skip("the resident loader crops by padding")
     policy = "none" if (name, crop) == ("dali", "resized") else "cifar10"  # DALI's own draws are each rank's
     settings = {"meta_batch_size": 4, "cutout": 3, "crop": crop, "auto_augment": policy}
     whole = opened(photos, name, **settings)

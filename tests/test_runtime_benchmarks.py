@@ -1,4 +1,4 @@
-"""The optimizer benchmark times all implementations, and none where one is wrong."""
+"""The benchmarks of optimizers and of the watch time all there is, and nothing where one is wrong."""
 
 import copy
 import itertools
@@ -7,6 +7,8 @@ import json
 import pytest
 
 from benchmarks import optimizers as benchmark
+from benchmarks import watch
+from fastadvisor.watch import Watch
 
 ARGUMENTS = ["--model", "resnet8", "--device", "cpu", "--steps", "1", "--rounds", "1"]
 
@@ -28,3 +30,14 @@ def test_the_benchmark_times_nothing_that_is_off(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"sgd fused is off by .* so nothing is timed"):
         benchmark.main(ARGUMENTS)
     assert not capsys.readouterr().out
+
+
+def test_the_watch_is_timed_under_each_policy(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(watch, "keep_freed_memory", lambda: None)
+    arguments = ["--model", "resnet8", "--device", "cpu", "--batch-size", "4", "--rounds", "1"]
+    watch.main([*arguments, "--json", str(tmp_path / "w.json")])
+    assert json.loads((tmp_path / "w.json").read_text())["ms"].keys() == {"ignore", "skip", "stop"}
+    assert "python -m benchmarks.watch --model resnet8" in capsys.readouterr().out
+    monkeypatch.setattr(Watch, "passes", lambda self, *_: not self.skip)
+    with pytest.raises(SystemExit, match="skip leaves other weights"):
+        watch.main(arguments)
