@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastadvisor import cli, launch, rehearsal
+from fastadvisor import replay as replaying
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import UserError
@@ -91,15 +92,32 @@ def test_the_run_stops_names_the_tensor_and_can_be_replayed(tmp_path, monkeypatc
     assert last["iteration"] == 4  # the older checkpoint is left alone
 
 
-def test_the_replayed_step_is_the_one_that_was_taken(tmp_path, monkeypatch):
-    """Same numbers, not only the same fault: the peaks of the modules, which hang on weights, batch and random state."""
-    spoil(monkeypatch, 6, infinite_advice)
-    with pytest.raises(UserError):
-        train_config(settings(tmp_path / "run", method="mfrw-mes", model="resnet8"))
-    first, second = (replay(tmp_path / "run", device="cpu") for _ in range(2))
-    assert str(first["peaks"]) == str(second["peaks"])
+@pytest.mark.parametrize(("changes", "looks"), [({}, 12), ({"approx_meta": True}, 9)], ids=["meta step", "no meta step"])
+def test_the_replayed_step_is_the_one_that_was_taken(tmp_path, monkeypatch, changes, looks):
+    """Same numbers, not only the same fault: the peaks of all passes, which hang on weights, advisor, batches and β."""
+    call, passes, counted, taken = Step.__call__, Watch.passes, [], []
+
+    def listened(self, train, meta):
+        modules = {"classifier": self.model.model, "advisor": self.method.advisor}
+        with replaying._listening(modules, taken) if self.iteration == 5 else contextlib.nullcontext():
+            return call(self, train, meta)
+
+    def false_alarm(self, values, gradients):
+        counted.append(values)
+        if len(counted) == looks:  # before the classifier's step of iteration 6; the advisor's, where there is one, is done
+            raise NonFiniteError("the training loss")
+        return passes(self, values, gradients)
+
+    monkeypatch.setattr(Step, "__call__", listened)
+    monkeypatch.setattr(Watch, "passes", false_alarm)
+    with pytest.raises(UserError, match="Iteration 6 "):
+        train_config(settings(tmp_path / "run", **changes))
+    monkeypatch.undo()
+    found = replay(tmp_path / "run", device="cpu")
+    assert (found["iteration"], found["said"], found["found"]) == (6, "the training loss", None)
+    assert found["peaks"] == taken
     state = checkpoint.load(tmp_path / "run" / "replay.pt")
-    assert state["batches"][0][0][2].tolist() == first["ids"]
+    assert state["batches"][0][0][2].tolist() == found["ids"]
 
 
 def test_replay_without_a_state(tmp_path):
