@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.contenders import CLASSES, SIDE
 from benchmarks.step import Cycle, interleaved, quartiles
-from benchmarks.tables import about, command, publish
+from benchmarks.tables import about, command, place, publish
 from fastadvisor.config import ModelConfig
 from fastadvisor.models import build_model
 from fastadvisor.runtime.allocator import keep_freed_memory
@@ -96,14 +96,11 @@ def measure(name: str, device: torch.device, steps: int, rounds: int) -> dict[st
 
 def report(result: dict[str, Any]) -> str:
     """Return the measurement as Markdown."""
-    where = result["environment"]
-    device = where["device"] if result["device"] != "cpu" else where["processor"]
     lines = [
         f"    {result['command']}",
         "",
-        f"{result['model']}: {result['parameters']:,} parameters in {result['tensors']} tensors, float32; {device}, "
-        f"{where['cpu_threads']} threads; torch {where['torch']}; commit {where['commit'] or 'unknown'}. Medians of "
-        f"{result['rounds']} interleaved rounds of {result['steps']} steps.",
+        f"{result['model']}: {result['parameters']:,} parameters in {result['tensors']} tensors, float32; {place(result)}. "
+        f"Medians of {result['rounds']} interleaved rounds of {result['steps']} steps.",
         "",
         "| optimizer | implementation | ms a step | quartiles | times the loop | difference to it (float64) |",
         "|---|---|---|---|---|---|",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.tables import about, command, publish
+from benchmarks.tables import about, command, place, publish
 from fastadvisor.assembly import build_step
 from fastadvisor.cli import parse_config
 from fastadvisor.config import Config
@@ -88,12 +88,10 @@ def gradient(
 
 def report(result: dict[str, Any]) -> str:
     """Return the measurement as Markdown."""
-    where = result["environment"]
-    device = where["device"] if result["device"] != "cpu" else where["processor"]
     lines = [
         f"    {result['command']}",
         "",
-        f"{device}, torch {where['torch']}, commit {where['commit'] or 'unknown'}; the gate is {GATE}.",
+        f"{place(result)}. The gate is {GATE}.",
         "",
         "| method | precision | mean cosine | smallest |",
         "|---|---|---|---|",

@@ -33,6 +33,13 @@ def commit() -> str | None:
     return None if found is None else found[:7] + "+" * found.endswith("+changes")
 
 
+def place(result: Mapping[str, Any]) -> str:
+    """Return where a measurement was made: device, threads, torch, commit."""
+    where = result["environment"]
+    device = where["device"] if result["device"] != "cpu" else where["processor"]
+    return f"{device}, {where['cpu_threads']} threads; torch {where['torch']}; commit {where['commit'] or 'unknown'}"
+
+
 def publish(result: Mapping[str, Any], text: str, json_file: Path | None, markdown: Path | None) -> None:
     """Print ``text``, the Markdown of ``result``; write both where asked to."""
     print(text)

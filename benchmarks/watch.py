@@ -19,7 +19,7 @@ from torch.nn.utils import parameters_to_vector
 
 from benchmarks.contenders import CLASSES, SIDE
 from benchmarks.step import Cycle, interleaved
-from benchmarks.tables import about, command, publish
+from benchmarks.tables import about, command, place, publish
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import Batch, load_source, prepare, stage
 from fastadvisor.runtime.allocator import keep_freed_memory
@@ -70,13 +70,11 @@ def measure(model: str, batch_size: int, rounds: int, device: torch.device) -> d
 
 def report(result: dict[str, Any]) -> str:
     """Return the measurement as Markdown."""
-    where = result["environment"]
-    device = where["device"] if result["device"] != "cpu" else where["processor"]
     lines = [
         f"    {result['command']}",
         "",
-        f"MFRW-MES, {result['model']}, batch and meta batch {result['batch_size']}, float32; {device}, {where['cpu_threads']} "
-        f"threads; torch {where['torch']}; commit {where['commit'] or 'unknown'}. Medians of {result['rounds']} rounds.",
+        f"MFRW-MES, {result['model']}, batch and meta batch {result['batch_size']}, float32; {place(result)}. "
+        f"Medians of {result['rounds']} rounds.",
         "",
         "| --nan-policy | ms a step | times ignore |",
         "|---|---|---|",
