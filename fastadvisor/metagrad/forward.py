@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, SharedForward
+from fastadvisor.metagrad.head_tangent import Dual, HeadTangent, loss_tangent, training_loss_tangent
 from fastadvisor.metagrad.tangent import Tangents
-from fastadvisor.methods.base import Advice, Dual, HeadTangent, loss_tangent
+from fastadvisor.methods.base import Advice
 from fastadvisor.models import Cut, SplitClassifier
 from fastadvisor.runtime.execution import Execution
 
@@ -143,7 +144,7 @@ class ForwardEngine(Engine):
         advice, moved = problem.advice, None
         if problem.attached:
             advice, moved = self._moving_advice(problem, features, direction)
-        return problem.method.tangent_loss(features, shared.batch.labels, model.head, direction, advice, moved)
+        return training_loss_tangent(problem.method, features, shared.batch.labels, model.head, direction, advice, moved)
 
     def _tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
