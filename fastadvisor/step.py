@@ -21,7 +21,7 @@ from fastadvisor.metagrad import Engine, MetaProblem, Plan, SharedForward, Virtu
 from fastadvisor.metagrad.tangent import Recording, Tape
 from fastadvisor.methods import Advice, Method
 from fastadvisor.methods.beta import rows_of
-from fastadvisor.models import Entering, SplitClassifier
+from fastadvisor.models import Entering, SplitClassifier, is_plain_linear
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.watch import Watch
@@ -114,8 +114,9 @@ class Step:
         tape = Tape() if plan.record and not too_much and not self.model.compiled else None
         with self.execution():
             features, at_cut = self._features(train, plan, tape)
+        at_head = None if is_plain_linear(self.model.head) else RandomState.now(train.images.device)
         loss_pre = self._loss_pre(features, train)
-        shared = SharedForward(train, features, loss_pre, draw, start, at_cut, tape)
+        shared = SharedForward(train, features, loss_pre, draw, start, at_cut, at_head, tape)
         if (self.lean or self.accumulate > 1) and with_meta_step and not self.behind:
             shared.again = partial(self._run_again, plan)  # not bound to it: a cycle would hold its tape until collected
         return shared
@@ -195,7 +196,7 @@ class Step:
 
     def _backward(self, shared: SharedForward, advice: Advice, number: int) -> Tensor:
         """Take the gradients of micro-batch ``number``, and return its loss."""
-        with self.execution():
+        with self.execution(), shared.head_again(self.model):
             loss = self.method.loss(shared.features, shared.batch.labels, self.model.head, advice)
         if number == 0:
             self.optimizer.zero_grad()

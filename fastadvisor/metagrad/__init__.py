@@ -93,10 +93,10 @@ def build_engine(config: MetaConfig, model: SplitClassifier, image_shape: tuple[
 
 
 def _approximate(config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], execution: Execution) -> Engine:
-    if config.approx_tangent == "difference" and model.head.weight.device.type != "cpu":
+    if config.approx_tangent == "difference" and model.device.type != "cpu":
         raise UserError("--approx-tangent difference needs float32 in full, and a GPU convolves in TF32: take forward.")
     # A GPU convolves in TF32 unless told otherwise, whose rounding is longer than the difference.
-    rounded = execution.dtype is not None or model.head.weight.device.type != "cpu"
+    rounded = execution.dtype is not None or model.device.type != "cpu"
     tangent: Tangent = config.approx_tangent if config.approx_tangent != "auto" else "forward" if rounded else "difference"
     if config.approx_layers == "all":
         return ForwardEngine(execution, tangent=tangent)
@@ -111,6 +111,6 @@ def _approximate(config: MetaConfig, model: SplitClassifier, image_shape: tuple[
         return ForwardEngine(execution, tangent=tangent)
     learned = None
     if config.approx_layers == "learned":
-        samplers = GradientSamplers(len(layers)).to(model.head.weight.device)
+        samplers = GradientSamplers(len(layers)).to(model.device)
         learned = LearnedLayers(samplers, config.approx_budget)
     return LayerwiseEngine(ForwardEngine(execution, tangent=tangent), model, layers, config.approx_budget, learned)

@@ -4,7 +4,8 @@ Shapes: B train batch, D features. Symbols are those of README.md in this folder
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.tangent import Tape
 from fastadvisor.methods.base import Advice, Method
 from fastadvisor.models import Cut, Entering, SplitClassifier
+from fastadvisor.runtime.random_state import RandomState
 from fastadvisor_kernels import Beta
 
 
@@ -43,6 +45,8 @@ class SharedForward:
     """The images, and the random state the pass began with, so that the tangent pass drops the same units."""
     at_cut: Entering | None = None
     """The same at the engine's cut, where it has one."""
+    at_head: RandomState | None = None
+    """The random state in which the head first ran on the features, unless it is a plain linear layer, which draws nothing."""
     tape: Tape | None = None
     """Outputs of the pass, where the engine asked for them."""
     again: Callable[["SharedForward"], None] | None = None
@@ -60,6 +64,17 @@ class SharedForward:
             return self.start
         assert self.at_cut is not None
         return self.at_cut
+
+    @contextmanager
+    def head_again(self, model: SplitClassifier) -> Iterator[None]:
+        """Run the head inside the block as it ran first: it draws the same numbers and leaves its buffers alone, as backbone
+        passes after the first do. So virtual step, tangent and actual step see one function.
+        """
+        if self.at_head is None:
+            yield
+            return
+        with self.at_head.replayed(), model.frozen_statistics():
+            yield
 
     def release(self) -> None:
         """Let the graph go, if it can be had again."""

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, SharedForward
-from fastadvisor.metagrad.head_tangent import Dual, HeadTangent, loss_tangent, training_loss_tangent
+from fastadvisor.metagrad.head_tangent import Dual, HeadTangent, loss_tangent, training_loss_tangent, without_forward_mode
 from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice
 from fastadvisor.models import Cut, SplitClassifier
@@ -76,7 +76,7 @@ class ForwardEngine(Engine):
     def _training_loss(self, part: MetaProblem) -> Tensor:
         shared = part.shared
         shared.restore()
-        with self.execution():
+        with self.execution(), shared.head_again(part.model):
             return part.method.loss(shared.features, shared.batch.labels, part.model.head, part.training_advice())
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
@@ -135,16 +135,13 @@ class ForwardEngine(Engine):
             shared.restore()  # now, so that the tangent pass finds its tape
         tangent = (self._tangent if self.tangent == "forward" else self._difference)(model, shared, gradient)
         features = Dual(shared.features.detach(), tangent)
-        weight, bias = model.head_parameter_names()
-        head = model.head
-        direction = HeadTangent(  # a frozen head has no gradient
-            gradient.get(weight, torch.zeros_like(head.weight)),
-            None if bias is None else gradient.get(bias, torch.zeros_like(head.bias)),
-        )
+        # A trainable parameter without a direction would be our mistake, and a wrong gradient: a KeyError here.
+        direction = {own: gradient[name] for own, name in model.head_parameters().items()}
         advice, moved = problem.advice, None
         if problem.attached:
             advice, moved = self._moving_advice(problem, features, direction)
-        return training_loss_tangent(problem.method, features, shared.batch.labels, model.head, direction, advice, moved)
+        with shared.head_again(model):
+            return training_loss_tangent(problem.method, features, shared.batch.labels, model.head, direction, advice, moved)
 
     def _tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
@@ -167,8 +164,11 @@ class ForwardEngine(Engine):
             torch.compiler.set_stance("force_eager"),  # compiled code drops tangents
         ):
             duals = {name: forward_ad.make_dual(p.detach(), gradient[name]) for name, p in parameters.items()}
-            with self.execution(), Tangents(shared.tape, entering.position):
-                dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
+            try:
+                with self.execution(), Tangents(shared.tape, entering.position):
+                    dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
+            except NotImplementedError as error:
+                raise without_forward_mode(f"The backbone of {model.name}", error) from None
             tangent = forward_ad.unpack_dual(dual).tangent
         # No tangent at all: the features do not depend on anything that counts.
         if tangent is None:
@@ -177,8 +177,7 @@ class ForwardEngine(Engine):
 
     def _difference(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D) to the first order in the step ε."""
-        head = f"model.{model.head_name}."  # behind the features, and often the longest part of the direction
-        parameters = {n: p for n, p in model.part_parameters(self.cut, self.only).items() if not n.startswith(head)}
+        parameters = model.backbone_parameters(self.cut, self.only)  # the head's may be the longest part of the direction
         entering = shared.entering(self.cut)
         if not parameters:
             return torch.zeros_like(shared.features)
@@ -194,7 +193,7 @@ class ForwardEngine(Engine):
     def _moving_advice(problem: MetaProblem, f: Dual, direction: HeadTangent) -> tuple[Advice, Advice]:
         """Return the advice with its graph to θ alone, and its tangent along the inputs' own: the advisor sees duals."""
         shared, method, labels = problem.shared, problem.method, problem.shared.batch.labels
-        with torch.no_grad():
+        with torch.no_grad(), shared.head_again(problem.model):
             loss_dot = loss_tangent(f, labels, problem.model.head, direction)
         with forward_ad.dual_level():
             features = forward_ad.make_dual(f.primal, f.tangent.to(f.primal.dtype))

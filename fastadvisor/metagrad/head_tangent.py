@@ -3,28 +3,30 @@
 Shapes: B samples, D features, C classes; ``f`` features, ``u`` mask and ``v`` equalisation before the sigmoid.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn.functional import linear
 
+from fastadvisor.errors import UserError
+from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice, Method
+from fastadvisor.models import is_plain_linear
 from fastadvisor_kernels import mes_cross_entropy, reweight_dual, tangent_loss
+
+HeadTangent = Mapping[str, Tensor]
+"""The direction in the head's parameters, by the head's own names for them. A frozen parameter has none; any other must."""
 
 
 class Dual(NamedTuple):
-    """Features (B, D) and their tangent."""
+    """A primal value and its tangent, such as the features (B, D) and ḟ."""
 
     primal: Tensor
     tangent: Tensor
-
-
-class HeadTangent(NamedTuple):
-    """The direction in the head's parameters."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 def training_loss_tangent(
@@ -42,6 +44,9 @@ def training_loss_tangent(
     Closed form for the loss of :class:`Method`; a subclass with another loss gets a double backward through its few
     operations behind the features, the same value at a higher price. ``advice_tangent``: where the advice moves along
     the direction too, because the advisor's inputs are not constants.
+
+    Raises:
+        UserError: the head has an operation without a forward-mode derivative.
     """
     closed = type(method).loss is Method.loss
     function = closed_tangent if closed else double_backward_tangent
@@ -60,7 +65,7 @@ def closed_tangent(
     """L̇ = mean_i ( w_i (Σ_k p̃_k (ż_k + ȧ_k) − ż_y) + ẇ_i ℓ_i ), ż = W ḣ + Ẇ h + ḃ, ȧ_k = ∂a_k/∂v_k v̇_k; in the dtype of
     the head's parameters. ȧ and ẇ only where the advice moves.
     """
-    dtype = head.weight.dtype
+    dtype = next(head.parameters()).dtype
     if advice.mask is None:
         h, h_dot = f.primal.to(dtype), f.tangent.to(dtype)
     else:
@@ -68,7 +73,7 @@ def closed_tangent(
         if advice_tangent.mask is not None:
             mask = torch.sigmoid(advice.mask)
             h_dot = h_dot + mask * (1 - mask) * advice_tangent.mask * f.primal.to(dtype)
-    z, z_dot = _logits(head, h, h_dot, head_tangent)
+    z, z_dot = logits(head, h, h_dot, head_tangent)
     loss_dot = tangent_loss(z, z_dot, advice.equalisation, labels, advice.beta, advice_tangent.equalisation)
     if advice.weight is None:
         return loss_dot.mean()
@@ -80,14 +85,43 @@ def closed_tangent(
 
 def loss_tangent(f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent) -> Tensor:
     """Return the tangent of the plain cross-entropy per sample (B,): Σ_k p_k ż_k − ż_y."""
-    dtype = head.weight.dtype
-    z, z_dot = _logits(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
+    dtype = next(head.parameters()).dtype
+    z, z_dot = logits(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
     return tangent_loss(z, z_dot, None, labels)
 
 
-def _logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    return Dual(linear(h, weight, bias), linear(h_dot, weight, head_tangent.bias) + linear(h, head_tangent.weight))
+def logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:
+    """Return z = Φc(h) (B, C) and its tangent ż along (ḣ, head_tangent), both differentiable in h and ḣ.
+
+    ż = W ḣ + Ẇ h + ḃ for a plain linear layer; for any other head (a cosine classifier, one with weight or spectral
+    normalisation, one with hooks) a forward-mode pass through the head itself.
+    """
+    if is_plain_linear(head):
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        z_dot = linear(h_dot, weight, head_tangent.get("bias"))
+        if (of_weight := head_tangent.get("weight")) is not None:
+            z_dot = z_dot + linear(h, of_weight)
+        return Dual(linear(h, weight, bias), z_dot)
+    try:
+        with forward_ad.dual_level(), Tangents():
+            values = {name: parameter.detach() for name, parameter in head.named_parameters()}
+            values |= {name: forward_ad.make_dual(values[name], direction) for name, direction in head_tangent.items()}
+            z, z_dot = forward_ad.unpack_dual(functional_call(head, values, (forward_ad.make_dual(h, h_dot),)))
+    except NotImplementedError as error:
+        raise without_forward_mode(f"The head, {type(head).__name__},", error) from None
+    if z_dot is None:
+        # An operation registered with torch.library drops tangents without a word.
+        raise without_forward_mode(f"The head, {type(head).__name__},")
+    return Dual(z, z_dot)
+
+
+def without_forward_mode(what: str, error: NotImplementedError | None = None) -> UserError:
+    """Return what to raise where ``what`` has an operation that torch knows no forward-mode derivative of."""
+    reason = "" if error is None else f" ({str(error).splitlines()[0][:120]})"
+    return UserError(
+        f"{what} has an operation without a forward-mode derivative{reason}: take another, or add --meta-engine reference, "
+        "which needs none."
+    )
 
 
 def double_backward_tangent(
@@ -101,12 +135,13 @@ def double_backward_tangent(
 ) -> Tensor:
     """L̇ = Σ ⟨∇_x L, ẋ⟩ over features, head and, where it moves, advice; differentiable, for any loss behind the features."""
     leaf = f.primal.detach().requires_grad_()
-    inputs, directions = [leaf], [f.tangent]
-    moved = (advice_tangent.mask, advice_tangent.equalisation, advice_tangent.weight)
+    parameters = dict(head.named_parameters())
+    inputs = [leaf, *(parameters[name] for name in head_tangent)]
+    directions = [f.tangent, *head_tangent.values()]
     for value, direction in (
-        (head.weight, head_tangent.weight),
-        (head.bias, head_tangent.bias),
-        *zip((advice.mask, advice.equalisation, advice.weight), moved, strict=True),
+        (advice.mask, advice_tangent.mask),
+        (advice.equalisation, advice_tangent.equalisation),
+        (advice.weight, advice_tangent.weight),
     ):
         if value is not None and direction is not None:
             inputs.append(value)

@@ -133,7 +133,8 @@ class LayerwiseEngine(Engine):
             return self.forward.meta_gradient(problem, virtual, meta)
         values, weights = self.forward.weights_at(problem.model, virtual)
         loss = self.forward.meta_loss(problem.model, values, meta)
-        pull = self._pull(learned.matching_weight, loss, weights) if learned.matching_weight else None
+        matched = learned.matching_weight and self._head() is not None
+        pull = self._pull(learned.matching_weight, loss, weights) if matched else None
         gradient = dict(zip(weights, self._gradients(loss, list(weights.values())), strict=True))
         learned.learn(self._effects(gradient, pull, virtual), self.forward.execution)
         return MetaGradient(loss.detach(), self.forward.to_advisor(problem, gradient))
@@ -143,7 +144,8 @@ class LayerwiseEngine(Engine):
 
     def _pull(self, matching_weight: float, loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return λ2 times the gradient of the matching loss: a backward through the head's gradient."""
-        head, _ = self.model.head_parameter_names()
+        head = self._head()
+        assert head is not None
         _, of_training = self._training_gradients()
         (of_meta,) = torch.autograd.grad(loss, weights[head], create_graph=True)
         (of_all,) = self.forward.execution.ranks.average([of_meta])
@@ -155,7 +157,7 @@ class LayerwiseEngine(Engine):
     def _effects(self, gradient: dict[str, Tensor], pull: dict[str, Tensor] | None, virtual: dict[str, Tensor]) -> Tensor:
         """Return (L,) ⟨g_l + λ2 …, w'_l − w_l⟩, the derivative for r_l; 0 for inactive layers, whose g_l nobody computes."""
         parameters = dict(self.model.named_parameters())
-        effects = torch.zeros(len(self.layers), device=self.model.head.weight.device)
+        effects = torch.zeros(len(self.layers), device=self.model.device)
         for index, layer in enumerate(self.layers):
             prefixes = tuple(f"model.{name}." for name in layer.modules)
             for name in gradient:
@@ -168,19 +170,30 @@ class LayerwiseEngine(Engine):
         """Return pooled gradients of all layers (L, 64), in units of their root mean square, and the head's gradient: of the
         last actual step (with the advisor one step behind, of this one by the time of the meta-gradient).
         """
-        head = self.model.head.weight
-        if head.grad is None:  # before the first actual step of a run, or of a part of it
-            zeros = torch.zeros(len(self.layers), POOLED, device=head.device)
-            return self.remembered or (zeros, torch.zeros_like(head))
+        device, name = self.model.device, self._head()
+        if all(p.grad is None for p in self.model.parameters()):  # before the first actual step of a run, or of a part of it
+            head = torch.zeros(1, device=device) if name is None else torch.zeros_like(self.model.get_parameter(name))
+            return self.remembered or (torch.zeros(len(self.layers), POOLED, device=device), head)
         rows = []
         for layer in self.layers:
             prefixes = tuple(f"model.{name}." for name in layer.modules)
             parts = [
                 p.grad.flatten() for n, p in self.model.named_parameters() if n.startswith(prefixes) and p.grad is not None
             ]
-            rows.append(pooled(torch.cat(parts)) if parts else torch.zeros(POOLED, device=head.device))
+            rows.append(pooled(torch.cat(parts)) if parts else torch.zeros(POOLED, device=device))
         stacked = torch.stack(rows)
-        return stacked / stacked.square().mean().sqrt().clamp_min(torch.finfo(stacked.dtype).tiny), head.grad
+        of_head = None if name is None else self.model.get_parameter(name).grad
+        return (
+            stacked / stacked.square().mean().sqrt().clamp_min(torch.finfo(stacked.dtype).tiny),
+            torch.zeros(1, device=device) if of_head is None else of_head,
+        )
+
+    def _head(self) -> str | None:
+        """Return the name of the head's largest trainable parameter, its weight, by which gradients are matched; None of a
+        frozen head.
+        """
+        names = self.model.head_parameters().values()
+        return max(names, key=lambda name: self.model.get_parameter(name).numel(), default=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samplers and the gradients they will decide by."""
@@ -197,7 +210,7 @@ class LayerwiseEngine(Engine):
         """Continue from ``state``."""
         if self.learned is not None:
             self.learned.samplers.load_state_dict(state["samplers"])
-            device = self.model.head.weight.device
+            device = self.model.device
             self.remembered = (state["pooled_gradients"].to(device), state["head_gradient"].to(device))
 
 

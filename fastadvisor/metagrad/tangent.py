@@ -1,10 +1,12 @@
 """The forward-mode pass of a backbone, without the work the shared forward pass has already done.
 
-torch's dual numbers run every operation twice over, primal and tangent, and some of their formulas are slow. Two torch
-function modes mend the costly ones; every other operation stays torch's own:
+torch's dual numbers run every operation twice over, primal and tangent, and some of their formulas are slow, or missing. Two
+torch function modes mend these; every other operation stays torch's own:
 
 - a convolution or a linear layer has its primal output taken from the shared pass, whose graph holds that tensor anyway;
-- batch normalisation takes mean and deviation from there, and its tangent is affine in x and ẋ: two reductions and two passes.
+- batch normalisation takes mean and deviation from there, and its tangent is affine in x and ẋ: two reductions and two passes;
+- weight normalisation is written out;
+- an operation of an extension that drops tangents raises NotImplementedError.
 
 ``python -m benchmarks.phases`` times the pass with this and by dual numbers alone.
 """
@@ -15,9 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fastadvisor.models import sync_batch_norm
 from fastadvisor.models.normalisation import affine, combined, inner_sums
@@ -93,10 +97,10 @@ def _saved_statistics(output: Tensor) -> tuple[Tensor, ...]:
 
 
 class Tangents(TorchFunctionMode):
-    """Inside a dual level: products and batch normalisations of dual numbers by the rules below.
+    """Inside a dual level: products, batch and weight normalisations of dual numbers by the rules below.
 
-    The pass must be the one that ``tape`` holds from ``position`` on, operation for operation: the same activations, random
-    state and mode.
+    With a tape, the pass must be the one that it holds from ``position`` on, operation for operation: the same activations,
+    random state and mode.
     """
 
     def __init__(self, tape: Tape | None = None, position: int = 0) -> None:
@@ -106,6 +110,10 @@ class Tangents(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` or its rule."""
+        if isinstance(func, OpOverload | OpOverloadPacket):
+            return registered(func, *args, **(kwargs or {}))
+        if func is torch._weight_norm:
+            return weight_norm(*args, **(kwargs or {}))
         if func not in PRODUCTS and func not in (F.batch_norm, sync_batch_norm.batch_norm):
             return func(*args, **(kwargs or {}))
         known = self.tape.find(self.position, func)
@@ -210,6 +218,30 @@ def synchronised_batch_norm(
     mean_hat, mean_dot = sync_batch_norm.inner_means(x_dot, x, mean, inverse, count, ranks)
     slope_x = slope_x - inverse * slope * mean_hat
     return forward_ad.make_dual(y, combined(x_dot, slope, x, slope_x, mean, shift - slope * mean_dot))
+
+
+def registered(function: OpOverload | OpOverloadPacket, *args: Any, **settings: Any) -> Any:
+    """Run an operation from the registry, and raise NotImplementedError where it drops a tangent, as those that extensions
+    register with torch.library (torchvision's deform_conv2d, say) do without a word.
+    """
+    result = function(*args, **settings)
+    if not str(function).startswith("aten.") and _moving((args, settings)) and not _moving(result):
+        raise NotImplementedError(f"{function} drops tangents")
+    return result
+
+
+def _moving(values: Any) -> bool:
+    """Whether there is a tangent anywhere in ``values``."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return g v / ‖v‖, norms taken over all dimensions but ``dim`` (-1: over all): the kernel that torch has for it knows no
+    tangent.
+    """
+    others = [d for d in range(v.dim()) if d != dim] if dim != -1 else list(range(v.dim()))
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

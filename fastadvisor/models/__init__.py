@@ -1,7 +1,18 @@
 """Backbones by name, and the split of any classifier into backbone and head."""
 
 from fastadvisor.models.build import build_model, check_model
-from fastadvisor.models.split import Entering, SplitClassifier, cut_at, layers_of, split
+from fastadvisor.models.split import Entering, SplitClassifier, cut_at, is_plain_linear, layers_of, split
 from fastadvisor.models.stages import Cut, Layer
 
-__all__ = ["Cut", "Entering", "Layer", "SplitClassifier", "build_model", "check_model", "cut_at", "layers_of", "split"]
+__all__ = [
+    "Cut",
+    "Entering",
+    "Layer",
+    "SplitClassifier",
+    "build_model",
+    "check_model",
+    "cut_at",
+    "is_plain_linear",
+    "layers_of",
+    "split",
+]

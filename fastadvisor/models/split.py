@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastadvisor.errors import UserError
 from fastadvisor.models.stages import Cut, Layer, find_cut, layers
@@ -25,6 +27,17 @@ class Entering(NamedTuple):
     random_state: RandomState
     position: int = 0
     """How many outputs the pass had put on its tape by then (metagrad/tangent.py)."""
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether ``head`` computes W h + b of its parameters W and b, and nothing else: no subclass, parametrization or hook."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return type(head) is nn.Linear and not any(hooks) and "forward" not in head.__dict__
+
+
+def _is_spectral(module: nn.Module) -> bool:
+    """Whether ``module`` is a spectral normalisation that iterates as it runs, or a layer that the older hook makes one."""
+    return isinstance(module, _SpectralNorm) or any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values())
 
 
 class _Arrived(Exception):
@@ -51,6 +64,7 @@ class SplitClassifier(nn.Module):
             for module in model.modules()
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
         ]
+        self._spectral = [module for module in model.modules() if _is_spectral(module)]
 
     @property
     def head(self) -> nn.Linear:
@@ -100,19 +114,26 @@ class SplitClassifier(nn.Module):
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
-        """Passes inside the block leave running statistics alone; training mode still uses batch statistics.
+        """Passes inside the block leave running statistics, and the vectors of spectral normalisations, alone; training mode
+        still uses batch statistics.
 
         BatchNorm in training mode without tracking normalises by the batch and touches no buffer, which also lets
-        forward AD through (it refuses to update buffers in place).
+        forward AD through (it refuses to update buffers in place). A spectral normalisation in evaluation mode takes the
+        singular vectors of the last pass; iterating on would make each pass of an iteration another function.
         """
-        training = [module for module in self._normalisations if module.training]
-        for module in training:
+        tracking = [module for module in self._normalisations if module.training and module.track_running_stats]
+        iterating = [module for module in self._spectral if module.training]
+        for module in tracking:
             module.track_running_stats = False
+        for spectral in iterating:
+            spectral.training = False  # alone: what it belongs to stays in training mode
         try:
             yield
         finally:
-            for module in training:
+            for module in tracking:
                 module.track_running_stats = True
+            for spectral in iterating:
+                spectral.training = True
 
     @property
     def compiled(self) -> bool:
@@ -130,17 +151,31 @@ class SplitClassifier(nn.Module):
             only: of the backbone, only those of these modules.
         """
         below = () if cut is None else tuple(f"model.{name}." for name in cut.below)
-        kept = ("",) if only is None else tuple(f"model.{name}." for name in (*only, self.head_name))
+        kept = ("",) if only is None else tuple(f"model.{name}." for name in only)
+        head = set(self.head_parameters().values())
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if parameter.requires_grad and not name.startswith(below) and name.startswith(kept)
+            if parameter.requires_grad and (name in head or (not name.startswith(below) and name.startswith(kept)))
         }
 
-    def head_parameter_names(self) -> tuple[str, str | None]:
-        """Return the names of the head's weight and bias (None without one)."""
-        prefix = f"model.{self.head_name}."
-        return prefix + "weight", prefix + "bias" if self.head.bias is not None else None
+    def head_parameters(self) -> dict[str, str]:
+        """Return the head's trainable parameters: the head's own name for each, and its name in this module, which for one that
+        is tied to a parameter of the backbone is that one's.
+        """
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return {own: names[id(p)] for own, p in self.head.named_parameters() if p.requires_grad}
+
+    def backbone_parameters(self, cut: Cut | None = None, only: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
+        """Return those of :meth:`part_parameters` that the features depend on: a head's that is tied to the backbone, too."""
+        inside = set(self.head.modules())
+        used = {id(p) for module in self.model.modules() if module not in inside for p in module.parameters(recurse=False)}
+        return {name: parameter for name, parameter in self.part_parameters(cut, only).items() if id(parameter) in used}
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(self.model.parameters()).device
 
 
 @contextmanager
@@ -197,7 +232,12 @@ def run(model: nn.Module, name: str, images: Tensor) -> Tensor:
 
 
 def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
-    features = whole(images, features=True)
+    try:
+        features = whole(images, features=True)
+    except (AttributeError, RuntimeError, ValueError, TypeError, IndexError):
+        return False  # the model does not do without it: it looks at the layer's weight, or at the size of what comes out
+    if not isinstance(features, Tensor):
+        return False
     if features.dim() != 2 or features.shape[1] != whole.head.in_features:
         return False
     return torch.allclose(whole.head(features), logits, rtol=1e-4, atol=1e-5)
@@ -223,7 +263,7 @@ def layers_of(whole: SplitClassifier, image_shape: tuple[int, int]) -> list[Laye
 
 
 def _holds(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None) -> bool:
-    weight = whole.head.weight
+    weight = next(whole.parameters())
     images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     if cut is None:
         return False

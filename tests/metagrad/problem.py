@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import dropout, linear, normalize
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.data.types import Batch
@@ -40,6 +41,75 @@ NETWORKS = {
     "dropout": lambda: small(nn.BatchNorm2d(8), nn.Dropout(0.3)),
     "no-head-bias": lambda: nn.Sequential(*list(small(nn.BatchNorm2d(8)))[:-1], nn.Linear(8, CLASSES, bias=False)),
 }
+
+
+class Cosine(nn.Linear):
+    """A cosine classifier: a subclass of nn.Linear that computes something else."""
+
+    def forward(self, x):
+        return 4 * linear(normalize(x), normalize(self.weight), self.bias)
+
+
+class Embedding(nn.Module):
+    """Class embeddings in the backbone that are the rows of the head's weight, too."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, features):
+        return features + (features @ self.weight.T).softmax(1) @ self.weight
+
+
+def headed(head):
+    return nn.Sequential(*small(nn.BatchNorm2d(8))[:-1], head)
+
+
+class HeadFirst(nn.Module):
+    """The head is registered before the backbone, so a parameter that both have goes by the head's name for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, CLASSES)
+        self.body = nn.Sequential(*small(nn.BatchNorm2d(8))[:-1], Embedding(self.head.weight))
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+
+def tied():
+    head = nn.Linear(8, CLASSES)
+    return nn.Sequential(*small(nn.BatchNorm2d(8))[:-1], Embedding(head.weight), head)
+
+
+def hooked(kind):
+    head = nn.Linear(8, CLASSES)
+    if kind == "dropout":  # each call of the head draws
+        head.register_forward_pre_hook(lambda module, inputs: (dropout(inputs[0], 0.3, module.training),))
+    elif kind == "forward":
+        head.register_forward_hook(lambda module, inputs, output: output * output.norm(dim=1, keepdim=True))
+    elif kind == "backward":
+        head.register_full_backward_hook(lambda module, into, out: tuple(2 * g for g in into))
+    return head
+
+
+parametrizations = nn.utils.parametrizations
+HEADS = {
+    "cosine": lambda: headed(Cosine(8, CLASSES)),
+    "weight-norm": lambda: headed(parametrizations.weight_norm(nn.Linear(8, CLASSES))),
+    "spectral-norm": lambda: headed(parametrizations.spectral_norm(nn.Linear(8, CLASSES))),
+    "orthogonal": lambda: headed(parametrizations.orthogonal(nn.Linear(8, CLASSES))),
+    "weight-norm-hook": lambda: headed(nn.utils.weight_norm(nn.Linear(8, CLASSES))),
+    "spectral-norm-hook": lambda: headed(nn.utils.spectral_norm(nn.Linear(8, CLASSES))),
+    "forward-hook": lambda: headed(hooked("forward")),
+    "dropout-hook": lambda: headed(hooked("dropout")),
+    "tied": tied,
+    "tied-head-first": HeadFirst,
+    "normed-backbone": lambda: small(
+        parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
+    ),
+}
+"""Heads that are no plain linear layer, or share their weight; and the same in the backbone."""
 
 
 def batch(size, generator, dtype=torch.float64):
@@ -82,7 +152,7 @@ class Problem:
 
 def problem(method="mfrw-mes", network="batchnorm", dtype=torch.float64, method_class=None, **settings):
     torch.manual_seed(0)
-    model = split(NETWORKS[network](), network, (SIZE, SIZE), CLASSES).to(dtype)
+    model = split({**NETWORKS, **HEADS}[network](), network, (SIZE, SIZE), CLASSES).to(dtype)
     config = MethodConfig(method=method, **settings)
     features = model.head.in_features
     built = build_method(config, features, CLASSES) if method_class is None else method_class(config, features, CLASSES)

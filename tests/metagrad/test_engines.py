@@ -1,5 +1,7 @@
 """The gradient-check suite: the exact engine against double backward, and double backward against finite differences."""
 
+import copy
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,13 +9,15 @@ from torch.nn.functional import cosine_similarity
 
 import fastadvisor.metagrad.head_tangent as head_tangent
 import fastadvisor.methods.base as base
+from fastadvisor.errors import UserError
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine, VirtualStep
 from fastadvisor.methods import Advice
 from fastadvisor.methods.l2rw import L2RW
 from fastadvisor.methods.mfrw_mes import MFRWMES
 from fastadvisor.models import cut_at
 from fastadvisor.runtime.execution import Execution
-from tests.metagrad.problem import CLASSES, NETWORKS, SIZE, flat, plain, problem, relative
+from fastadvisor.step import Step
+from tests.metagrad.problem import CLASSES, HEADS, NETWORKS, SIZE, flat, hooked, plain, problem, relative
 
 NETWORKS_OF_ADVISORS = ["mfrw", "mes", "mfrw-mes", "mw-net"]
 METHODS = [*NETWORKS_OF_ADVISORS, "l2rw"]
@@ -24,7 +28,7 @@ SETTINGS = [
     ("mfrw-mes", {"beta_draw": "expected"}),
     ("mw-net", {"weight_normalization": "sum"}),
 ]
-ATTACHED = {"attached": True}
+old_hooks = pytest.mark.filterwarnings("ignore:.*nn.utils.weight_norm:FutureWarning")
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
@@ -36,6 +40,42 @@ def test_forward_equals_double_backward(method, network, attached):
     assert flat(expected.gradients).norm() > 1e-6, "the problem is degenerate: any answer would pass"
     assert relative(got.gradients, expected.gradients) <= 1e-12
     assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-12)
+
+
+@old_hooks
+@pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("method", METHODS)
+def test_forward_equals_double_backward_with_any_head(method, head, attached):
+    # Each engine from the start: a spectral normalisation has moved on by the second call.
+    engines = (ReferenceEngine(plain), ForwardEngine(plain))
+    expected, got = (problem(method, head).gradient(engine, attached=attached) for engine in engines)
+    assert flat(expected.gradients).norm() > 1e-6, "the problem is degenerate: any answer would pass"
+    assert relative(got.gradients, expected.gradients) <= 1e-12
+    assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-12)
+
+
+@pytest.mark.parametrize("head", [head for head in HEADS if not head.endswith("norm-hook")])  # which cannot be copied
+def test_double_backward_equals_finite_differences_with_any_head(head):
+    task = problem("mfrw-mes", head)
+    engine = ReferenceEngine(plain)
+    gradient = flat(task.gradient(engine).gradients)
+    generator = torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in task.method.advisor.parameters()]
+    expected = pytest.approx(float(gradient @ flat(direction)), rel=1e-4)
+    assert task.central_difference(engine, direction) == expected
+
+
+@pytest.mark.parametrize(("method", "settings"), [("focal", {}), *SETTINGS])
+@pytest.mark.parametrize("head", ["cosine", "weight-norm", "spectral-norm", "tied"])
+def test_any_head_in_every_setting(method, settings, head):
+    made = [
+        problem(network=head, method_class=Focal) if method == "focal" else problem(method, head, **settings) for _ in range(2)
+    ]
+    expected, got = (
+        task.gradient(engine) for task, engine in zip(made, (ReferenceEngine(plain), ForwardEngine(plain)), strict=True)
+    )
+    assert relative(got.gradients, expected.gradients) <= 1e-12
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["detached", "attached"])
@@ -273,13 +313,27 @@ def test_attention_has_a_tangent():
     assert relative(task.gradient(ForwardEngine(plain)).gradients, expected.gradients) <= 1e-10
 
 
-@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"]])
-def test_a_frozen_head(frozen):
-    task = problem()
-    for name in frozen:
-        getattr(task.model.head, name).requires_grad_(False)
-    expected = task.gradient(ReferenceEngine(plain)).gradients
-    assert relative(task.gradient(ForwardEngine(plain)).gradients, expected) <= 1e-12
+FROZEN = [
+    ("batchnorm", ["weight"]),
+    ("batchnorm", ["bias"]),
+    ("batchnorm", ["weight", "bias"]),
+    ("cosine", ["weight"]),
+    ("weight-norm", ["parametrizations.weight.original0"]),
+    ("spectral-norm", ["parametrizations.weight.original", "bias"]),
+    ("tied", ["weight"]),
+]
+
+
+@pytest.mark.parametrize("method_class", [None, Focal], ids=["closed", "focal"])
+@pytest.mark.parametrize(("head", "frozen"), FROZEN)
+def test_a_frozen_head(head, frozen, method_class):
+    found = []
+    for engine in (ReferenceEngine(plain), ForwardEngine(plain)):
+        task = problem(network=head, method_class=method_class)
+        for name in frozen:
+            task.model.head.get_parameter(name).requires_grad_(False)
+        found.append(task.gradient(engine).gradients)
+    assert relative(found[1], found[0]) <= 1e-12
 
 
 def test_the_optimizers_virtual_step_where_a_parameter_never_has_a_gradient():
@@ -296,3 +350,83 @@ def test_the_optimizers_virtual_step_where_a_parameter_never_has_a_gradient():
     for name, parameter in task.model.named_parameters():
         if "unused" not in name:
             torch.testing.assert_close(virtual[name], parameter.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_trainable_parameter_of_the_head_without_a_direction_is_an_error():
+    task = problem()
+    engine = ForwardEngine(plain)
+    posed = task.posed(engine)
+    _, gradient = engine.gradient_at(task.model, engine.virtual_train(posed), task.meta)
+    del gradient["model.fc.weight"]
+    with pytest.raises(KeyError, match=r"model\.fc\.weight"):
+        engine.to_advisor(posed, gradient)
+
+
+@torch.library.custom_op("fastadvisor_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+twice.register_autograd(lambda context, gradient: 2 * gradient)
+
+
+class Custom(torch.nn.Linear):
+    def forward(self, x):
+        return twice(super().forward(x))
+
+
+@pytest.mark.parametrize("kind", ["custom operation", "backward hook"])
+def test_a_head_without_a_forward_mode_derivative_is_refused(kind):
+    """An operation of torch.library drops tangents without a word; a backward hook has a gradient of its own making."""
+    head = Custom(8, CLASSES) if kind == "custom operation" else hooked("backward")
+    NETWORKS["odd"] = lambda: torch.nn.Sequential(*list(NETWORKS["no-norm"]())[:-1], head)
+    try:
+        task = problem(network="odd")
+    finally:
+        del NETWORKS["odd"]
+    with pytest.raises(UserError, match=r"The head, \w+, has an operation without .* --meta-engine reference"):
+        task.gradient(ForwardEngine(plain))
+
+
+class OwnFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+@pytest.mark.parametrize("operation", [twice, OwnFunction.apply], ids=["torch.library", "autograd.Function"])
+def test_a_backbone_without_a_forward_mode_derivative_is_refused(operation):
+    class Branch(torch.nn.Module):
+        """Beside a path that keeps its tangent: the sum has one, and it would be the wrong one."""
+
+        def forward(self, x):
+            return x + operation(x)
+
+    NETWORKS["odd"] = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), Branch(), *list(NETWORKS["no-norm"]()))
+    try:
+        task = problem(network="odd")
+    finally:
+        del NETWORKS["odd"]
+    with pytest.raises(UserError, match=r"The backbone of odd has an operation without .* --meta-engine reference"):
+        task.gradient(ForwardEngine(plain))
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["own", "behind"])
+@pytest.mark.parametrize("head", ["spectral-norm", "spectral-norm-hook"])
+def test_a_spectral_normalisation_iterates_once_an_iteration(head, behind):
+    """As often as in plain training, wherever it is; all passes of the iteration see the same vectors."""
+    task = problem(network=head)
+    alone = copy.deepcopy(task.model)
+    alone.train()
+    alone(task.train.images)
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+    step = Step(task.model, task.method, optimizer, None, ForwardEngine(plain), plain, behind=behind)
+    step(task.train, task.meta)
+    vectors = [name for name, _ in alone.named_buffers() if name.endswith(("_u", "_v"))]
+    assert len(vectors) == 2
+    for name in vectors:
+        torch.testing.assert_close(task.model.get_buffer(name), alone.get_buffer(name), rtol=1e-12, atol=1e-14)

@@ -100,10 +100,12 @@ def test_a_difference_is_a_tangent_to_first_order(method, monkeypatch):
     assert errors[1] == pytest.approx(errors[0] / 100, rel=0.1)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [*NETWORKS, "cosine", "weight-norm", "spectral-norm", "tied", "tied-head-first"])
 def test_differences_in_float32_keep_the_direction(network):
-    task = problem(network=network, dtype=torch.float32)
-    exact, near = (flat(task.gradient(ForwardEngine(plain, tangent=way)).gradients) for way in ("forward", "difference"))
+    exact, near = (
+        flat(problem(network=network, dtype=torch.float32).gradient(ForwardEngine(plain, tangent=way)).gradients)
+        for way in ("forward", "difference")
+    )
     assert cosine_similarity(near, exact, dim=0) > 0.999
     assert float((near - exact).norm() / exact.norm()) < 0.03
 
@@ -192,7 +194,7 @@ def test_the_effect_of_a_layer_is_the_derivative_of_what_the_samplers_minimise(m
     virtual = engine.virtual_train(posed)
     engine.meta_gradient(posed, virtual, task.meta)
     weights = {name: p.detach() for name, p in task.model.named_parameters()}
-    head, _ = task.model.head_parameter_names()
+    head = task.model.head_parameters()["weight"]
 
     def objective(index, r):
         prefixes = tuple(f"model.{name}." for name in engine.layers[index].modules)
@@ -207,6 +209,25 @@ def test_the_effect_of_a_layer_is_the_derivative_of_what_the_samplers_minimise(m
     for index in range(len(engine.layers)):
         difference = (objective(index, 1 + 1e-4) - objective(index, 1 - 1e-4)) / 2e-4
         assert float(seen[0][index]) == pytest.approx(difference, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [(), ("parametrizations.weight.original1",), ("bias", "weight")], ids=str)
+def test_learned_layers_with_any_head(frozen):
+    """Gradients are matched by the head's largest trainable parameter; a frozen head has none to match."""
+    task = problem(network="batchnorm")
+    if "weight" not in frozen:
+        torch.nn.utils.parametrizations.weight_norm(task.model.head)
+    for name in frozen:
+        task.model.head.get_parameter(name).requires_grad_(False)
+    engine = layerwise(task, learned=True, matching_weight=0.3)
+    for _ in range(2):
+        task.model(task.train.images).square().sum().backward()
+        got = task.gradient(engine)
+        assert relative(got.gradients, summed_over(task, active_names(engine, task.model), moved=())) <= 1e-12
+    rows, of_head = engine._training_gradients()
+    assert rows.abs().sum() > 0
+    assert of_head.numel() == (1 if "weight" in frozen else 5 if frozen else 5 * task.model.head.in_features)
+    engine.load_state_dict(engine.state_dict())
 
 
 def test_the_samplers_see_gradients_in_common_units():

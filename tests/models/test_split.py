@@ -397,13 +397,16 @@ def test_part_parameters_take_names_whole():
     assert {name.split(".")[1] for name in top} == {"10", "11", "12"}
 
 
-def test_head_parameter_names():
+def test_head_parameters():
     whole, _ = build("mobilenet_v2")
-    weight, bias = whole.head_parameter_names()
-    assert whole.get_parameter(weight) is whole.head.weight
-    assert whole.get_parameter(bias) is whole.head.bias
+    names = whole.head_parameters()
+    assert list(names) == ["weight", "bias"]
+    assert whole.get_parameter(names["weight"]) is whole.head.weight
+    assert whole.get_parameter(names["bias"]) is whole.head.bias
     bare = split(nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)), "mine", (2, 2), 3)
-    assert bare.head_parameter_names() == ("model.1.weight", None)
+    assert bare.head_parameters() == {"weight": "model.1.weight"}
+    bare.head.requires_grad_(False)
+    assert bare.head_parameters() == {}
 
 
 # Running statistics
