@@ -117,7 +117,7 @@ def watch(config: Config, every: int, say: Callable[[str], None] = print) -> lis
                 records.append({"iteration": trainer.step.iteration, "epoch": epoch + index / steps, "engines": found})
             trainer.step(train, meta)
         trainer.epoch += 1
-        top1 = trainer.test().top1
+        top1 = trainer.test(trainer.loaders.test).top1
         records[-1]["test_top1"] = top1
         cosines = {name: round(value["cosine"], 3) for name, value in records[-1]["engines"].items()}
         say(f"epoch {trainer.epoch}: test {top1:.2f} %; cosines {cosines}")

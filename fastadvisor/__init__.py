@@ -6,24 +6,43 @@ from fastadvisor.version import __version__
 
 if TYPE_CHECKING:
     from fastadvisor.comparison import compare
-    from fastadvisor.config import Config
+    from fastadvisor.config import CompareConfig, Config
     from fastadvisor.errors import UserError
     from fastadvisor.evaluation import evaluate_run as evaluate
-    from fastadvisor.export import export_run as export
+    from fastadvisor.exporter import export_run as export
     from fastadvisor.launch import train
+    from fastadvisor.rehearsal import DryRun
     from fastadvisor.trainer import TrainResult
 
-__all__ = ["Config", "TrainResult", "UserError", "__version__", "compare", "evaluate", "export", "train"]
+__all__ = [
+    "CompareConfig",
+    "Config",
+    "DryRun",
+    "TrainResult",
+    "UserError",
+    "__version__",
+    "compare",
+    "evaluate",
+    "export",
+    "train",
+]
 
 _HOMES = {
+    "CompareConfig": ("fastadvisor.config", "CompareConfig"),
     "Config": ("fastadvisor.config", "Config"),
+    "DryRun": ("fastadvisor.rehearsal", "DryRun"),
     "TrainResult": ("fastadvisor.trainer", "TrainResult"),
     "UserError": ("fastadvisor.errors", "UserError"),
     "compare": ("fastadvisor.comparison", "compare"),
     "evaluate": ("fastadvisor.evaluation", "evaluate_run"),
-    "export": ("fastadvisor.export", "export_run"),
+    "export": ("fastadvisor.exporter", "export_run"),  # no module may be called as a function here: it would take its place
     "train": ("fastadvisor.launch", "train"),
 }
+
+
+def __dir__() -> list[str]:
+    """Name what there is, imported or not."""
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -7,20 +7,23 @@ Heavy modules (torch) are imported by the command that needs them: ``--help`` an
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from fastadvisor import config, recipes
-from fastadvisor.errors import Interrupted, UserError, nearest
+from fastadvisor.config import local
+from fastadvisor.errors import Interrupted, UserError, nearest, too_many_open_files
+from fastadvisor.runtime import console
 from fastadvisor.version import __version__
 
 C = TypeVar("C", bound=config.Config)
@@ -68,6 +71,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    console.hold_any_character()
     try:
         return dispatch(args)
     except UserError as error:
@@ -80,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastadvisor: interrupted.", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        say(f"fastadvisor: error: {too_many_open_files()}")
+        return 2
     except BrokenPipeError:  # `fastadvisor recipes | head`: the reader has left, and the interpreter would flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -141,62 +150,78 @@ def run_train(args: list[str]) -> None:
     """``fastadvisor train``."""
     settings = parse_config(config.Config, "train", "Train one classifier.", args)
     from fastadvisor.launch import train_config
+    from fastadvisor.reporting import finished
+    from fastadvisor.trainer import TrainResult
 
-    train_config(settings)
+    result = train_config(settings)
+    if not settings.progress and int(os.environ.get("RANK", "0")) == 0:  # else the run has said so itself
+        print(finished(result.summary, result.folder) if isinstance(result, TrainResult) else result.sentence())
 
 
 def run_compare(args: list[str]) -> None:
     """``fastadvisor compare``."""
     settings = parse_config(config.CompareConfig, "compare", "Train with several methods and print a table.", args)
+    from fastadvisor import comparison
     from fastadvisor.comparison import compare_config
 
-    compare_config(settings)
+    result = compare_config(settings)
+    if not settings.progress:
+        print(comparison.table(result["rows"]))
 
 
 def run_evaluate(args: list[str]) -> None:
     """``fastadvisor evaluate``."""
     parser = Parser("fastadvisor evaluate", "Test a finished run again.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("run", metavar="RUN", type=local, help="the run's folder")
     parser.add_argument("--checkpoint", choices=("model", "best", "last"), default="model", help="weights (default: model)")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data set, if it has moved since")
+    parser.add_argument("--data-root", metavar="DIR", type=local, help="folder of the data set, if it has moved since")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
     from fastadvisor.evaluation import evaluate_run
 
-    result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
-    print(json.dumps(result, indent=2) if flags.json else table(result_rows(result)))
+    with speaking_of(parser, flags.run):
+        result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
+    if flags.json:
+        print(json.dumps(result, indent=2))
+        return
+    console.note(result.pop("notes"))
+    print(table(result_rows(result)))
 
 
 def run_export(args: list[str]) -> None:
     """``fastadvisor export``."""
     parser = Parser("fastadvisor export", "Write the plain classifier of a run, compared with the original on test images.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
-    parser.add_argument("--output", metavar="DIR", type=Path, help="where to (default: RUN/export)")
+    parser.add_argument("run", metavar="RUN", type=local, help="the run's folder")
+    parser.add_argument("--output", metavar="DIR", type=local, help="where to (default: RUN/export)")
     parser.add_argument("--formats", default="state-dict,torch-export,onnx", help="separated by commas (default: all three)")
     parser.add_argument("--checkpoint", choices=("model", "best", "last"), default="model", help="weights (default: model)")
-    parser.add_argument("--data-root", metavar="DIR", help="folder of the data set, if it has moved since")
+    parser.add_argument("--data-root", metavar="DIR", type=local, help="folder of the data set, if it has moved since")
     flags = parser.parse_all(args)
-    from fastadvisor.export import export_run
+    from fastadvisor.exporter import export_run
 
     formats = [name.strip() for name in flags.formats.split(",") if name.strip()]
-    about = export_run(flags.run, output=flags.output, formats=formats, checkpoint=flags.checkpoint, data_root=flags.data_root)
+    settings = {"output": flags.output, "formats": formats, "checkpoint": flags.checkpoint, "data_root": flags.data_root}
+    with speaking_of(parser, flags.run):
+        about = export_run(flags.run, **settings)
+    console.note(about["notes"])
     files = about["files"].values()
     rows = [(one["file"], f"{one['bytes'] / 1e6:.1f} MB", f"{one['largest_difference']:.1e}") for one in files]
     print(table([("file", "size", "difference"), *rows]))
-    print(f"Compared with the original on {about['compared_on']} test images; in {flags.output or flags.run / 'export'}.")
+    print(f"Compared with the original on {about['compared_on']} test images; in {flags.output or Path(flags.run, 'export')}.")
 
 
 def run_replay(args: list[str]) -> None:
     """``fastadvisor replay``."""
     parser = Parser("fastadvisor replay", "Take the step again at which a run met values that are not finite.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("run", metavar="RUN", type=local, help="the run's folder")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
     from fastadvisor.replay import replay
 
-    result = replay(flags.run, device=flags.device)
+    with speaking_of(parser, flags.run):
+        result = replay(flags.run, device=flags.device)
     if flags.json:
         peaks = [(name, peak if math.isfinite(peak) else str(peak)) for name, peak in result["peaks"]]  # JSON has no NaN
         print(json.dumps({**result, "peaks": peaks}, indent=2, allow_nan=False))
@@ -251,6 +276,26 @@ def run_env(args: list[str]) -> None:
     print(table((name, "active" if active else "inactive", why) for name, active, why in optional_parts()))
 
 
+@contextlib.contextmanager
+def speaking_of(parser: Parser, run: str) -> Iterator[None]:
+    """Let messages of the block name no flag that the command lacks: a setting of a run is a line of its config.yaml."""
+    own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config.Config)}
+    file = os.path.join(run, "config.yaml")
+
+    def named(match: re.Match[str]) -> str:
+        flag = match[0]
+        return flag if flag in own or flag not in known else f"{flag[2:].replace('-', '_')} in {file}"
+
+    try:
+        yield
+    except UserError as error:
+        parts = re.split(r"(\(fastadvisor [^)]*\)|'fastadvisor [^']*')", str(error))  # commands, which have flags of their own
+        raise UserError(
+            "".join(p if at % 2 else re.sub(r"--[a-z][a-z0-9-]*", named, p) for at, p in enumerate(parts))
+        ) from None
+
+
 def parse_config(kind: type[C], command: str, description: str, args: list[str]) -> C:
     """Build a command's configuration from its flags, on top of ``--config`` and the data set's recipe.
 
@@ -262,6 +307,7 @@ def parse_config(kind: type[C], command: str, description: str, args: list[str])
     for name in DECIDE_DEFAULTS:
         pre.add_argument(f"--{name}")
     known, rest = pre.parse_known_args(args)
+    rest = with_resume(rest)
     switches = [field.name for field in dataclasses.fields(kind) if field.type is bool]
     names = [field.name for field in dataclasses.fields(kind)] + [f"no_{name}" for name in switches]
     check_flags(rest, ["--help", "--config", *(f"--{name.replace('_', '-')}" for name in names)])
@@ -270,6 +316,19 @@ def parse_config(kind: type[C], command: str, description: str, args: list[str])
     base = config.resolve(kind, known.config, **{name: value for name, value in chosen.items() if value != "None"})
     rest += [part for name, value in chosen.items() for part in (f"--{name}", value)]  # typed and checked with the others
     return config.validated(kind, dataclasses.asdict(parse_flags(kind, base, command, description, rest)))
+
+
+def with_resume(args: list[str]) -> list[str]:
+    """Return ``args`` with the value of ``--resume``, which may stand alone, be followed by ``auto``, or be ``--no-resume``."""
+    given: list[str] = []
+    for at, arg in enumerate(args):
+        if arg == "--no-resume":
+            given += ["--resume", "False"]
+        elif arg == "--resume" and args[at + 1 : at + 2] not in (["auto"], ["True"], ["False"]):
+            given += ["--resume", "True"]
+        else:
+            given.append(arg)
+    return given
 
 
 def check_flags(args: Iterable[str], known: Sequence[str]) -> None:

@@ -9,14 +9,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastadvisor.config import CompareConfig, Config, resolve, to_dict
+from fastadvisor.config import CompareConfig, Config, configured, to_dict
 from fastadvisor.data import Source, load_source, stage
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.launch import check_config, train_config
 from fastadvisor.methods import check_method
+from fastadvisor.runtime import console
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import RunFolder, write_text
+from fastadvisor.trainer import TrainResult
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "last": lambda summary: summary["test_top1"]["last"],
@@ -26,17 +28,17 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
-def compare(config: str | None = None, /, **settings: Any) -> dict[str, Any]:
+def compare(config: str | os.PathLike[str] | Config | None = None, /, **settings: Any) -> dict[str, Any]:
     """Train several methods with several seeds; every setting of :class:`CompareConfig` is a keyword.
 
     Args:
-        config: a recipe's name or a YAML file that the keywords win over.
+        config: a recipe's name, a YAML file, or a configuration; the keywords win over it.
         **settings: as ``methods="ce,mfrw-mes", seeds=3, noise="flip", noise_rate=0.4``.
 
     Returns:
         The content of ``compare.json``.
     """
-    return compare_config(resolve(CompareConfig, config, **settings))
+    return compare_config(configured(CompareConfig, config, settings))
 
 
 def compare_config(config: CompareConfig) -> dict[str, Any]:
@@ -58,16 +60,17 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
     for name in methods:
         check_method(name)
         check_config(replace(config, method=name))
-    folder = _folder(config)
+    folder, resumes = _folder(config)
     source = stage(load_source(config), config, pick_device(config.device))  # decoded once for all runs
+    console.note(source.notes)
     rows = []
     for method in dict.fromkeys(methods):
         summaries = []
         for seed in range(config.seed, config.seed + config.seeds):
             run = folder / f"{method}-seed{seed}"
             finished = run / "summary.json"
-            settings = _run_config(config, method, seed, run, resume=config.resume and (run / "config.yaml").is_file())
-            if config.resume and finished.is_file():
+            settings = _run_config(config, method, seed, run, resume=resumes and (run / "config.yaml").is_file())
+            if resumes and finished.is_file():
                 RunFolder(run).check_settings(settings)
                 summaries.append(_read_summary(finished))
                 continue
@@ -76,7 +79,8 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
         # After every method, so that a comparison that is cut off leaves what it has.
         result = {"config": to_dict(config), "rows": rows, "versions": environment()}
         write_text(folder / "compare.json", json.dumps(result, indent=2) + "\n")
-    print(table(rows), f"\nRuns and compare.json are in {folder}.")
+    with console.silent(not config.progress):
+        console.tell(f"{table(rows)}\n\nRuns and compare.json are in {folder}.")
     return result
 
 
@@ -85,7 +89,7 @@ def _summary(settings: Config, source: Source, folder: Path) -> dict[str, Any]:
         result = train_config(settings, source)
     except Interrupted as stop:
         raise Interrupted(f"{stop} (the comparison: its own command, --output {folder} --resume)", stop.signal) from None
-    assert result is not None  # no dry run
+    assert isinstance(result, TrainResult)  # no dry run
     return result.summary
 
 
@@ -94,7 +98,8 @@ def _run_config(config: CompareConfig, method: str, seed: int, run: Path, resume
     return replace(Config(**settings), method=method, seed=seed, output=str(run), resume=resume)
 
 
-def _folder(config: CompareConfig) -> Path:
+def _folder(config: CompareConfig) -> tuple[Path, bool]:
+    """Return the folder of the comparison, and whether one in it is continued."""
     default = f"runs/{datetime.now():%Y%m%d-%H%M%S}-compare-{config.dataset}"
     folder = Path(default if config.output is None else config.output)  # made with its first run
     if config.resume and config.output is None:
@@ -106,12 +111,13 @@ def _folder(config: CompareConfig) -> Path:
         runs = any((folder / name / "config.yaml").is_file() for name in found)
     except OSError as error:
         raise UserError(f"Output folder {folder} cannot be read ({error.strerror}); choose another --output.") from None
-    if config.resume and not runs:
+    resumes = runs if config.resume == "auto" else config.resume
+    if resumes and not runs:
         raise UserError(f"There is no comparison in {folder} to resume; check --output, or drop --resume.")
-    if found and not config.resume:
+    if found and not resumes:
         way = ", or add --resume to continue it" if runs else ""
         raise UserError(f"Output folder {folder} is not empty; choose another --output{way}.")
-    return folder
+    return folder, resumes
 
 
 def _read_summary(path: Path) -> dict[str, Any]:

@@ -235,8 +235,8 @@ class RunConfig:
     """Float32 matrix products in TF32, on GPUs that have it (convolutions are anyway, which is torch's default)."""
     output: str | None = None
     """Run folder; none: a new one under runs/."""
-    resume: bool = False
-    """Continue the run in --output from its last.pt."""
+    resume: bool | Literal["auto"] = False
+    """Continue the run in --output from its last.pt; auto: or begin it, if there is none (what a preemptible job types)."""
     save_minutes: NonNegative = 10.0
     """Save so often within an epoch, too; 0: only at the end of each."""
     save_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -257,7 +257,7 @@ class RunConfig:
     eval_batch_size: Count = 500
     """Images a forward pass when testing."""
     progress: bool = True
-    """Progress bar."""
+    """Progress bar, and a line an epoch; off: nothing but the result, and what one must know."""
     tensorboard: bool = True
     """TensorBoard files in the run folder, where tensorboard is installed."""
 
@@ -287,13 +287,23 @@ class CheckConfig(Config):
 
 C = TypeVar("C", bound=Config)
 
+LISTS = ("train_list", "test_list", "meta_list")
+PATHS = ("data_root", *LISTS, "labels", "weights", "cache_dir", "output")
+"""Settings that name a file or folder: any of them may be a ``pathlib.Path``, or begin with ``~``."""
 
-def read_layer(name: str) -> dict[str, Any]:
+
+def local(path: str | os.PathLike[str]) -> str:
+    """Return ``path`` as a string, with ``~`` written out."""
+    return os.path.expanduser(os.fspath(path))
+
+
+def read_layer(named: str | os.PathLike[str]) -> dict[str, Any]:
     """Read one YAML layer: a recipe by name (``cifar-flip``) or a file by path.
 
     Raises:
         UserError: no such recipe or file, or not a mapping of keys to values.
     """
+    name = local(named)
     if name in recipes.names():
         text = recipes.read(name)
     elif os.path.isfile(name):  # Path.is_file raises on a name that is too long
@@ -320,7 +330,7 @@ def read_layer(name: str) -> dict[str, Any]:
     return layer
 
 
-def resolve(kind: type[C], config: str | None = None, /, origin: str = "", **overrides: Any) -> C:
+def resolve(kind: type[C], config: str | os.PathLike[str] | None = None, /, origin: str = "", **overrides: Any) -> C:
     """Build a configuration from its layers (see the module's docstring).
 
     Args:
@@ -339,6 +349,19 @@ def resolve(kind: type[C], config: str | None = None, /, origin: str = "", **ove
     base = read_layer(dataset) if dataset in recipes.names() else {}
     values = {**base, **without_noise(layer), **without_noise(overrides)}
     return validated(kind, values, origin if config is None else f" (from {config})")
+
+
+def configured(kind: type[C], config: str | os.PathLike[str] | Config | None, settings: Mapping[str, Any]) -> C:
+    """Return what ``config``, a recipe, a file or a whole configuration, and ``settings``, which win over it, come to.
+
+    Raises:
+        UserError: as :func:`resolve`.
+    """
+    if not isinstance(config, Config):
+        return resolve(kind, config, **settings)
+    check_keys(kind, settings, "")
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return validated(kind, {**values, **without_noise(settings)})
 
 
 def without_noise(layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,8 +386,11 @@ def validated(kind: type[C], values: Mapping[str, Any], origin: str = "") -> C:
     Raises:
         UserError: the first value of the wrong type or out of range.
     """
+    values = {
+        key: local(value) if key in PATHS and isinstance(value, str | os.PathLike) else value for key, value in values.items()
+    }
     try:
-        checked = TypeAdapter(kind).validate_python(dict(values))
+        checked = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         key, message = ".".join(str(part) for part in first["loc"][:1]), first["msg"]
@@ -375,6 +401,18 @@ def validated(kind: type[C], values: Mapping[str, Any], origin: str = "") -> C:
         if isinstance(value, bool) and not isinstance(getattr(checked, key), bool):  # YAML's yes and on would count as 1
             raise UserError(f"{key} = {value!r}{origin}: input should be a number.")
     return checked
+
+
+def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with absolute paths, which hold from any folder. A list may be named from the data set's root, too."""
+    whole = dict(values)
+    for key in PATHS:
+        path = values.get(key)
+        if not isinstance(path, str):
+            continue
+        inside = os.path.join(local(values.get("data_root") or "."), path)
+        whole[key] = os.path.abspath(inside if key in LISTS and not os.path.isfile(path) and os.path.isfile(inside) else path)
+    return whole
 
 
 def to_dict(config: Config) -> dict[str, Any]:

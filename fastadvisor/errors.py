@@ -31,6 +31,11 @@ def cannot_write(path: object, error: OSError) -> UserError:
     return UserError(f"{path} cannot be written ({error.strerror}); free some space or choose another --output.")
 
 
+def too_many_open_files() -> UserError:
+    """Return what to raise where the system opens no more files for this process."""
+    return UserError("Too many files are open at once: raise the limit (ulimit -n 65536), or lower --workers.")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest entry of ``known``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -1,25 +1,21 @@
 """Accuracy of a classifier: top-1, top-5, per class, and for many-, medium- and few-shot classes."""
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.config import Config, resolve
-from fastadvisor.data import Batch, TrainingData, build_test_loader, load_source, prepare
+from fastadvisor.data import Batch, TrainingData, build_test_loader
 from fastadvisor.errors import UserError
-from fastadvisor.models import build_model
-from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime import memory
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, pick_device
 from fastadvisor.runtime.ranks import ALONE, Ranks
+from fastadvisor.saved_run import SavedRun
 
 MANY, FEW = 100, 20
 """Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""
@@ -54,6 +50,9 @@ def accuracy(
         data: for the classes and their training images.
         precision: makes the autocast context.
         ranks: who share the test images; all of them get the accuracy on all images.
+
+    Raises:
+        UserError: there are no images to test on that can be read.
     """
     classes = len(data.classes)
     # Images, hits and hits among five by class, counted on the device: whole numbers, so the ranks' sums are exact.
@@ -73,6 +72,8 @@ def accuracy(
     per_class = [100 * hits / images if images else None for hits, images in zip(first, total, strict=True)]
     groups = many_medium_few(per_class, data.class_counts())
     images = sum(total)
+    if not images:
+        raise UserError("None of the images to test on can be read: replace them (the run's bad_images.csv lists them).")
     return Accuracy(100 * sum(first) / images, 100 * sum(five) / images, per_class, groups)
 
 
@@ -85,7 +86,9 @@ def many_medium_few(per_class: list[float | None], counts: Tensor) -> dict[str, 
     return {name: sum(values) / len(values) if values else None for name, values in groups.items()}
 
 
-def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None = None, device: str = "auto") -> dict[str, Any]:
+def evaluate_run(
+    run: str | os.PathLike[str], *, checkpoint: str = "model", data_root: str | None = None, device: str = "auto"
+) -> dict[str, Any]:
     """Test the classifier of a run folder on its data set's test images.
 
     Args:
@@ -96,26 +99,16 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
 
     Returns:
         The fields of :class:`Accuracy` (``per_class_top1`` by class name), and ``run``, ``checkpoint``, ``dataset``,
-        ``method``, ``model``, ``test_size``.
+        ``method``, ``model``, ``test_size``, ``notes`` (sentences about what was passed over or decided).
 
     Raises:
-        UserError: no such run or checkpoint, a checkpoint of another model, no data.
+        UserError: no such run or checkpoint, a checkpoint of another model, no data, or data of other classes.
     """
-    config = run_config(run)
-    path = run / f"{checkpoint}.pt"
-    if not path.is_file():
-        best = ", or try --checkpoint best" if (run / "best.pt").is_file() else ""
-        raise UserError(f"{run} holds no {checkpoint}.pt; let the run finish (train --resume --output {run}){best}.")
-    if data_root is not None:
-        config.data_root = data_root
-    chosen = pick_device(device)
-    data = prepare(load_source(config), config, config.seed)
-    check_classes(run, data.classes)
-    config.pretrained, config.weights = False, None  # the weights come from the checkpoint
+    saved = SavedRun.open(run, checkpoint, data_root)
+    config, chosen = saved.config, pick_device(device)
+    data = saved.data()
     test, size = build_test_loader(config, data, chosen)
-    model = build_model(config, len(data.classes), (size, size))
-    state = checkpoints.classifier(path)
-    checkpoints.load_model_state(model.model, state, path)
+    model = saved.model(len(data.classes), size)
     with memory.enough(chosen), closing(test):
         result = accuracy(
             model.to(chosen),
@@ -125,25 +118,4 @@ def evaluate_run(run: Path, *, checkpoint: str = "model", data_root: str | None 
         )
     about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
     per_class = dict(zip(data.classes, result.per_class_top1, strict=True))
-    return {**about, "test_size": len(test), **asdict(result), "per_class_top1": per_class}
-
-
-def check_classes(run: Path, classes: list[str]) -> None:
-    """Refuse data whose classes are not those the run was trained on, as its summary (once finished) tells."""
-    try:
-        trained = list(json.loads((run / "summary.json").read_text(encoding="utf-8"))["per_class_top1"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if sorted(trained) != sorted(classes):
-        other = min(set(trained) ^ set(classes))
-        raise UserError(
-            f"{run} was trained on other classes than the data set has ({other!r} is in one only); check --data-root."
-        )
-
-
-def run_config(run: Path) -> Config:
-    """Return the settings of a run folder; a UserError if it is none."""
-    path = run / "config.yaml"
-    if not os.path.isfile(path):  # Path.is_file raises where the folder may not be read
-        raise UserError(f"{run} is not a run folder (no config.yaml in it); name the folder that train printed.")
-    return resolve(Config, str(path))
+    return {**about, "test_size": len(test), **asdict(result), "per_class_top1": per_class, "notes": list(data.notes)}

@@ -6,47 +6,59 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from fastadvisor import rehearsal
-from fastadvisor.config import Config, resolve
+from fastadvisor.config import Config, configured
 from fastadvisor.data import Source, TrainingData, load_source, prepare, stage
 from fastadvisor.errors import Interrupted, OutOfMemoryError, UserError
 from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
 from fastadvisor.optimizers import check_optimizer
-from fastadvisor.runtime import allocator, checkpoint, memory
+from fastadvisor.rehearsal import DryRun
+from fastadvisor.runtime import allocator, checkpoint, console, memory
 from fastadvisor.runtime.precision import check_kernels, pick_device
 from fastadvisor.runtime.provenance import fingerprint, provenance
 from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.trainer import Trainer, TrainResult
 
+Settings = str | os.PathLike[str] | Config
+"""A recipe's name, a YAML file, or all settings."""
 
-def train(config: str | None = None, /, **settings: Any) -> TrainResult:
+
+@overload
+def train(config: Settings | None = None, /, *, dry_run: Literal[True], **settings: Any) -> DryRun: ...
+
+
+@overload
+def train(config: Settings | None = None, /, *, dry_run: Literal[False] = False, **settings: Any) -> TrainResult: ...
+
+
+def train(config: Settings | None = None, /, **settings: Any) -> TrainResult | DryRun:
     """Train a classifier; every setting of :class:`fastadvisor.Config` is a keyword.
 
     Args:
-        config: a recipe's name or a YAML file that the keywords win over.
-        **settings: as ``method="mfrw-mes", noise="flip", noise_rate=0.4``.
+        config: a recipe's name, a YAML file, or a :class:`fastadvisor.Config`; the keywords win over it.
+        **settings: as ``method="mfrw-mes", noise="flip", noise_rate=0.4``; ``progress=False`` prints nothing.
+
+    Returns:
+        What the run leaves; with ``dry_run=True`` what it would take.
 
     Raises:
         UserError: anything the caller can put right, before any work is lost.
     """
-    result = train_config(resolve(Config, config, **settings))
-    if result is None:
-        raise UserError("dry_run trains nothing, so there is no result; call it from the command line.")
-    return result
+    return train_config(configured(Config, config, settings))
 
 
-def train_config(config: Config, source: Source | None = None) -> TrainResult | None:
-    """Train as ``config`` says; ``source`` spares reading the data set again. None of a dry run."""
+def train_config(config: Config, source: Source | None = None) -> TrainResult | DryRun:
+    """Train as ``config`` says; ``source`` spares reading the data set again."""
     check_config(config)
     ranks = Ranks.from_environment()
-    with deterministic(config.deterministic), only_first_prints(ranks):
+    with deterministic(config.deterministic), only_first_prints(ranks), console.silent(not config.progress):
         device = pick_device(config.device)
         check_kernels(device)
         if config.keep_memory and device.type == "cpu":
@@ -88,8 +100,11 @@ def check_config(config: Config) -> None:
                 raise UserError(f"{flag} needs the batch as a whole: drop it or --accumulate {config.accumulate}.")
 
 
-def _train(config: Config, source: Source | None, device: torch.device, ranks: Ranks) -> TrainResult | None:
-    begun = RunFolder.open_for_resume(config.output, config) if config.resume else None
+def _train(config: Config, source: Source | None, device: torch.device, ranks: Ranks) -> TrainResult | DryRun:
+    resumes = config.resume
+    if resumes == "auto":  # decided by one rank, which soon makes the folder
+        resumes = ranks.share(RunFolder.holds_run(config.output) if ranks.first else None)
+    begun = RunFolder.open_for_resume(config.output, config) if resumes else None
     if begun is None and ranks.first:
         RunFolder.check_free(config.output)
     if ranks.count > 1 and config.meta_engine == "reference":
@@ -98,12 +113,13 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
     try:
         with memory.enough(device):
             with ranks.first_alone():  # who downloads, and makes small copies
-                source = stage(load_source(config) if source is None else source, config, device)
-            data = prepare(source, config, config.seed)
+                given = load_source(config) if source is None else source
+                staged = stage(given, config, device)
+            data = prepare(staged, config, config.seed)
+            console.note(data.notes if source is None else data.notes[len(given.notes) :])
             with closing(Trainer(config, data, device, ranks)) as trainer:
                 if config.dry_run:
-                    rehearsal.report(trainer)
-                    return None
+                    return rehearsal.rehearse(trainer)
                 return _run(trainer, begun)
     except OutOfMemoryError as error:
         message = str(error)
@@ -121,11 +137,15 @@ def _run(trainer: Trainer, begun: RunFolder | None) -> TrainResult:
         begun = RunFolder(Path(ranks.share(None if folder is None else str(folder.path))))
     elif begun.last.is_file():  # else the run was cut off before its first save
         trainer.restore(begun.last)
+        trainer.check_length(begun.length(), begun.last)
     if ranks.first:
         begun.clear_temporary()
         begun.keep_metrics(trainer.epoch)
+        begun.write_config(config)
         begun.begin_part(
-            {**provenance(ranks.count), "seed": config.seed, "iteration": trainer.step.iteration}, fingerprint(trainer.data)
+            {**provenance(ranks.count), "seed": config.seed, "iteration": trainer.step.iteration},
+            fingerprint(trainer.data),
+            trainer.data.classes,
         )
     return trainer.run(begun)
 

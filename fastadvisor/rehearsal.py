@@ -3,7 +3,7 @@
 import gc
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from fastadvisor.config import Config
 from fastadvisor.data import TrainingData
 from fastadvisor.errors import OutOfMemoryError, UserError
 from fastadvisor.runtime import memory
+from fastadvisor.runtime.console import tell
 from fastadvisor.runtime.run_folder import check_writable
 from fastadvisor.runtime.timer import median
 from fastadvisor.trainer import Trainer
@@ -19,33 +20,62 @@ from fastadvisor.trainer import Trainer
 ITERATIONS = 10
 
 
-def report(trainer: Trainer) -> None:
-    """Take ten iterations (after a first, which warms up) and test once, and print how long the run would take and what of
-    memory; the model is not to be used afterwards.
+@dataclass
+class DryRun:
+    """What a dry run has found: how long the run would take, and what of memory."""
+
+    step_ms: float
+    """Mean of an iteration."""
+    step_ms_median: float
+    images_per_second: float
+    test_seconds: float
+    """Of one test."""
+    peak_memory_mb: float | None
+    """On a GPU, and where the system tells."""
+    iterations: int
+    epochs: int
+    hours: float
+    """That the whole run would take."""
+
+    def sentence(self) -> str:
+        """Say all of it."""
+        peak = "" if self.peak_memory_mb is None else f", {self.peak_memory_mb:,.0f} MiB at the peak"
+        return (
+            f"Dry run: {self.step_ms:.1f} ms an iteration (mean of {ITERATIONS}, median {self.step_ms_median:.1f}), "
+            f"{self.images_per_second:,.0f} images/s, {self.test_seconds:.1f} s a test{peak}; {self.iterations:,} iterations "
+            f"in {self.epochs} epochs would take about {self.hours:.2g} hours. Nothing was written."
+        )
+
+
+def rehearse(trainer: Trainer) -> DryRun:
+    """Take ten iterations (after a first, which warms up) and test once; the model is not to be used afterwards.
 
     Raises:
         UserError: as a run would, so far, or the output folder could not be written.
     """
     config = trainer.config
     check_writable(config.output)
-    print(reporting.headline(config, trainer.data, trainer.device, "none (a dry run)", trainer.ranks.count))
-    print(f"Images of {trainer.loaders.size} pixels by the {trainer.loaders.name} loader ({trainer.loaders.why}).")
+    tell(reporting.headline(config, trainer.data, trainer.device, "none (a dry run)", trainer.ranks.count))
+    tell(f"Images of {trainer.loaders.size} pixels by the {trainer.loaders.name} loader ({trainer.loaders.why}).")
     memory.reset_peak(trainer.device)
     interval = trainer.step.interval
     times = iterate(trainer, ITERATIONS + interval)[interval:]
     began = time.perf_counter()
-    trainer.test()
+    trainer.test(trainer.loaders.test)
     testing = time.perf_counter() - began
-    step = sum(times) / len(times)
-    steps = config.epochs * len(trainer.train_loader)
-    hours = (steps * step + config.epochs * testing) / 3600
-    peak = memory.peak_mb(trainer.device)
-    print(
-        f"Dry run: {1000 * step:.1f} ms an iteration (mean of {len(times)}, median {1000 * (median(times) or 0):.1f}), "
-        f"{config.batch_size / step:,.0f} images/s, {testing:.1f} s a test"
-        + ("" if peak is None else f", {peak:,.0f} MiB at the peak")
-        + f"; {steps:,} iterations in {config.epochs} epochs would take about {hours:.2g} hours. Nothing was written."
+    step, steps = sum(times) / len(times), config.epochs * len(trainer.train_loader)
+    found = DryRun(
+        step_ms=1000 * step,
+        step_ms_median=1000 * (median(times) or 0),
+        images_per_second=config.batch_size / step,
+        test_seconds=testing,
+        peak_memory_mb=memory.peak_mb(trainer.device),
+        iterations=steps,
+        epochs=config.epochs,
+        hours=(steps * step + config.epochs * testing) / 3600,
     )
+    tell(found.sentence())
+    return found
 
 
 def iterate(trainer: Trainer, count: int) -> list[float]:

@@ -3,6 +3,7 @@ which takes the step again and finds where they begin.
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ def record(
     return name, ", ".join(map(str, some)) + (", ..." if len(train.ids) > 8 else "")
 
 
-def replay(run: Path, *, device: str = "auto") -> dict[str, Any]:
+def replay(run: str | os.PathLike[str], *, device: str = "auto") -> dict[str, Any]:
     """Take the step in RUN/replay.pt again, with every rank's batch in turn, and look at what each module puts out.
 
     Returns:
@@ -80,9 +81,10 @@ def replay(run: Path, *, device: str = "auto") -> dict[str, Any]:
     Raises:
         UserError: there is no such state, or it is damaged.
     """
-    path = run / "replay.pt" if run.is_dir() else run
+    named = Path(run).expanduser()
+    path = named / "replay.pt" if named.is_dir() else named
     if not path.is_file():
-        raise UserError(f"There is no {path}: a run writes one when it meets values that are not finite (--nan-policy stop).")
+        raise UserError(f"There is no {path}: a run writes one when it meets values that are not finite and is to stop then.")
     state = checkpoint.load(path)
     found: dict[str, Any] = {}
     with checkpoint.fitting(path):

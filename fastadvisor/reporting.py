@@ -10,6 +10,13 @@ from fastadvisor.data import TrainingData
 from fastadvisor.runtime.timer import median
 
 
+def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of the epoch that best.pt is of: the highest accuracy on the val images where the data set has some,
+    else on the test images; of equal ones the last.
+    """
+    return max(reversed(history), key=lambda record: record.get("val_top1", record["test_top1"]))
+
+
 def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the part of ``summary.json`` that data and epochs decide.
 
@@ -18,7 +25,7 @@ def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -
         data: what the run trained and tested on.
         history: one record an epoch, as in ``metrics.jsonl``.
     """
-    last, top1 = history[-1], [record["test_top1"] for record in history]
+    last, top1, best = history[-1], [record["test_top1"] for record in history], best_epoch(history)
     tail = top1[-5:]
     return {
         "method": config.method,
@@ -28,6 +35,12 @@ def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -
         "epochs": len(history),
         "test_top1": {"last": top1[-1], "peak": max(top1), "mean_last5": sum(tail) / len(tail)},
         "test_top5": last["test_top5"],
+        "best": {
+            "epoch": best["epoch"],
+            "chosen_by": "val" if "val_top1" in best else "test",
+            "test_top1": best["test_top1"],
+            "val_top1": best.get("val_top1"),
+        },
         "per_class_top1": dict(zip(data.classes, last["test_per_class_top1"], strict=True)),
         "many_medium_few": last["test_many_medium_few"],
         "images_per_second": median([record["images_per_second"] for record in history]),
@@ -38,6 +51,7 @@ def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -
         "train_size": len(data.train_ids),
         "meta_size": len(data.meta_ids),
         "test_size": len(data.test),
+        "val_size": 0 if data.val is None else len(data.val),
         "class_counts": data.class_counts().tolist(),
         "imbalance_factor": config.imbalance_factor,
         "meta_cosine": _mean_cosine(history),
@@ -56,11 +70,13 @@ def _mean_cosine(history: list[dict[str, Any]]) -> float | None:
 def headline(config: Config, data: TrainingData, device: torch.device, folder: Path | str, ranks: int = 1) -> str:
     """Say what is about to be trained, on what, and where the results go."""
     origin = "held out of the training images, their labels taken as right" if data.meta_held_out else "a set of its own"
+    val = "" if data.val is None else f", {len(data.val):,} val images to choose best.pt by"
     shared = "" if ranks == 1 else f", {ranks} processes with {config.batch_size // ranks} images each"
     return (
         f"{config.method} with {config.model} on {data.name}: {len(data.train_ids):,} training images in "
         f"{len(data.classes)} classes ({100 * data.noise_rate():.1f} % of labels changed by us), "
-        f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test):,} test images; {device}{shared}; run folder {folder}"
+        f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test):,} test images{val}; {device}{shared}; "
+        f"run folder {folder}"
     )
 
 
@@ -69,10 +85,16 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     meta = "" if record["meta_loss"] is None else f"  meta loss {record['meta_loss']:.3f}"
     if "meta_cosine" in record:
         meta += f" (cosine to exact {record['meta_cosine']:.2f}{', exact for now' if record['meta_fallback'] else ''})"
+    val = f"val {record['val_top1']:.2f} %  " if "val_top1" in record else ""
     return (
         f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}{meta}  "
-        f"test {record['test_top1']:.2f} %  lr {record['lr']:.3g}  {record['images_per_second']:,.0f} images/s"
+        f"{val}test {record['test_top1']:.2f} %  lr {record['lr']:.3g}  {record['images_per_second']:,.0f} images/s"
     )
+
+
+def finished(summary: dict[str, Any], folder: Path) -> str:
+    """Sum up a finished run, and say where it is."""
+    return f"Finished: {results(summary)}. Everything is in {folder}."
 
 
 def results(summary: dict[str, Any]) -> str:

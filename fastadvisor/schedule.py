@@ -32,6 +32,11 @@ class PhaseEpochs:
     end: int
 
 
+def at(phases: list[PhaseEpochs], epoch: int) -> PhaseEpochs:
+    """Return the phase that ``epoch`` is in."""
+    return next(phase for phase in phases if phase.start <= epoch < phase.end)
+
+
 def divide(phases: list[Phase], epochs: int) -> list[PhaseEpochs]:
     """Give each phase its share of ``epochs``, in order, rounded to whole epochs.
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from fastadvisor import replay, reporting
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config
-from fastadvisor.data import Batch, TrainingData, build_loaders
+from fastadvisor.data import Batch, EvaluationLoader, TrainingData, build_loaders
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.metagrad import ValidatedEngine
@@ -27,6 +28,7 @@ from fastadvisor.models.sync_batch_norm import separate, synchronise
 from fastadvisor.optimizers import WeightAverage
 from fastadvisor.progress import Progress
 from fastadvisor.runtime import checkpoint, memory
+from fastadvisor.runtime.console import note, tell
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
@@ -35,7 +37,7 @@ from fastadvisor.runtime.precision import amp_dtype, use_tf32
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
-from fastadvisor.schedule import PhaseEpochs, divide, learning_rate
+from fastadvisor.schedule import PhaseEpochs, at, divide, learning_rate
 from fastadvisor.step import StepResult
 from fastadvisor.watch import Collapse, NonFiniteError
 
@@ -87,7 +89,7 @@ class Trainer:
         self.train_loader, self.meta_loader = self.loaders.train, self.loaders.meta
         self._check_batches_of_one(shape)
         if isinstance(self.step.engine, ValidatedEngine):
-            self.step.engine.say = tqdm.write  # above the progress bar
+            self.step.engine.say = lambda sentence: note([sentence])  # above the progress bar
         self.phases = divide(self.method.phases(), config.epochs)
         self.timer = StepTimer(device)
         self.epoch = 0
@@ -137,8 +139,8 @@ class Trainer:
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
         hidden = None if config.progress and first else True
         events = folder.path if config.tensorboard and first else None
-        print(reporting.headline(config, self.data, self.device, folder.path, self.ranks.count))
-        print(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
+        tell(reporting.headline(config, self.data, self.device, folder.path, self.ranks.count))
+        tell(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
         self.report_bad_images()
         done = self.epoch * steps + self.progress.step
         with (
@@ -154,7 +156,7 @@ class Trainer:
                     folder.append_metrics(record)
                     board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
                 self._save(best=True)
-                bar.write(reporting.epoch_line(record, config.epochs))
+                tell(reporting.epoch_line(record, config.epochs))
             self.clock.settle()
         return self._finish(folder)
 
@@ -165,7 +167,7 @@ class Trainer:
         if self.ranks.first:
             folder.write_summary(summary)
             checkpoint.write(folder.model, model.state_dict())
-        print(f"Finished: {reporting.results(summary)}. Everything is in {folder.path}.")
+        tell(reporting.finished(summary, folder.path))
         return TrainResult(summary, folder.path, model.eval())
 
     def report_bad_images(self) -> None:
@@ -177,7 +179,7 @@ class Trainer:
         count = self.loaders.bad_count()
         if self.folder is not None and self.ranks.first and count > self._bad_reported:
             self.folder.write_bad_images(self.loaders.bad_table())
-            tqdm.write(f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them.")
+            note([f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them."])
             self._bad_reported = count
 
     def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
@@ -190,7 +192,7 @@ class Trainer:
 
     def _iterations(self, bar: "tqdm[Any]") -> dict[str, Any]:
         progress, steps = self.progress, len(self.train_loader)
-        current = next(phase for phase in self.phases if phase.start <= self.epoch < phase.end)
+        current = at(self.phases, self.epoch)
         self.model.train()
         self.timer.start()
         began, waited = time.perf_counter() - progress.seconds, self._waited() - progress.waited
@@ -216,8 +218,11 @@ class Trainer:
         self._check_finite(loss)
         advice = progress.saturated if self.step.advice is None else self.collapse.look(self.step.advice)
         if (sentence := self.collapse.sentence(advice)) is not None:
-            tqdm.write(sentence)
-        tested = asdict(self.test())
+            note([sentence])
+        tested, chosen_by = asdict(self.test(self.loaders.test)), {}
+        if self.loaders.val is not None:
+            on_val = self.test(self.loaders.val)
+            chosen_by = {"val_top1": on_val.top1, "val_top5": on_val.top5}
         self.report_bad_images()
         self.progress = Progress(self.device)  # of the next epoch
         return {
@@ -228,6 +233,7 @@ class Trainer:
             **advice,
             "lr": self.step.optimizer.param_groups[0]["lr"],
             **{f"test_{key}": value for key, value in tested.items()},
+            **chosen_by,
             "skipped_steps": 0 if self.step.watch is None else self.step.watch.skipped,
             "images_per_second": self.ranks.count * progress.images / progress.seconds,
             "waiting_share": progress.waited / progress.seconds,
@@ -271,7 +277,7 @@ class Trainer:
         where = f"after iteration {self.step.iteration} (epoch {self.epoch + 1} of {self.config.epochs})"
         return Interrupted(
             f"Stopped{'' if number is None else f' by {number.name}'} {where}; everything so far is in {self.folder.last}. "
-            f"To go on: fastadvisor train --config {self.folder.config} --output {self.folder.path} --resume",
+            f"To go on: {self.folder.how_to_go_on()}",
             15 if number is None else int(number),
         )
 
@@ -300,25 +306,52 @@ class Trainer:
 
     def set_lr(self, current: PhaseEpochs, index: int) -> None:
         """Set the learning rates of the ``index``-th step of this epoch."""
-        steps = len(self.train_loader)
-        step, total = (self.epoch - current.start) * steps + index, (current.end - current.start) * steps
-        warmup = round(self.config.warmup_epochs * steps)
-        rate = current.phase.lr_factor * learning_rate(self.config, step, total, warmup)
+        rate = self._rate(current, self.epoch, index)
         for group in self.step.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
+
+    def _rate(self, current: PhaseEpochs, epoch: int, index: int) -> float:
+        """Return the learning rate of the ``index``-th step of ``epoch``, which is in the phase ``current``."""
+        steps = len(self.train_loader)
+        step, total = (epoch - current.start) * steps + index, (current.end - current.start) * steps
+        warmup = round(self.config.warmup_epochs * steps)
+        return current.phase.lr_factor * learning_rate(self.config, step, total, warmup)
+
+    def check_length(self, before: int, path: Path) -> None:
+        """Find out whether a run of ``before`` epochs, restored from ``path`` as far as it has come, may go on as one of
+        ``config.epochs``: whether all its steps so far would have been the same.
+
+        Raises:
+            UserError: they would not; names the way.
+        """
+        after, steps = self.config.epochs, len(self.train_loader)
+        done = self.epoch * steps + self.progress.step
+        if after == before:
+            return
+        if after * steps < done:
+            raise UserError(f"The run has trained {done / steps:.3g} epochs, and --epochs {after} is less: name more.")
+        lengths = divide(self.method.phases(), before), self.phases
+        for epoch, index in (divmod(step, steps) for step in range(done)):
+            old, new = (at(phases, epoch) for phases in lengths)
+            if old.phase != new.phase or self._rate(old, epoch, index) != self._rate(new, epoch, index):
+                raise UserError(
+                    f"--epochs {after} in place of {before} would have trained epoch {epoch + 1} at another rate, or on other "
+                    f"images (--schedule {self.config.schedule}, --method {self.config.method}): go on with --epochs {before}, "
+                    f"or begin a new run with these weights, as with --weights {shlex.quote(str(path))} --output NEW."
+                )
 
     def tested_model(self) -> nn.Module:
         """Return the classifier that is tested and left behind: the trained one, or the average of its weights."""
         return self.model.model if self.average is None else self.average.model
 
-    def test(self) -> Accuracy:
-        """Return the accuracy on the test set as of now."""
+    def test(self, images: EvaluationLoader) -> Accuracy:
+        """Return the accuracy on ``images`` as of now."""
         model = self.tested_model()
         self.ranks.align_buffers(model)
-        return accuracy(model, self._test_batches(), self.data, precision=self.execution, ranks=self.ranks)
+        return accuracy(model, self._awake(images), self.data, precision=self.execution, ranks=self.ranks)
 
-    def _test_batches(self) -> Iterator[Batch]:
-        for batch in self.loaders.test:
+    def _awake(self, images: EvaluationLoader) -> Iterator[Batch]:
+        for batch in images:
             self.interruption.steps += 1  # it is not stuck
             yield batch
 
@@ -393,11 +426,11 @@ class Trainer:
             checkpoint.restore_random_states(own["random"])
 
     def _save(self, *, best: bool = False) -> None:
-        """Write ``last.pt``; with ``best`` also ``best.pt``, if the last test was the best one."""
+        """Write ``last.pt``; with ``best`` also ``best.pt``, if the last epoch was the best one."""
         state = self.state()
         if self.ranks.first and self.folder is not None:
             # The best first: were it second, a process killed between the two would go on without ever writing it.
-            if best and self.history[-1]["test_top1"] >= max(record["test_top1"] for record in self.history):
+            if best and reporting.best_epoch(self.history) is self.history[-1]:
                 checkpoint.save(self.folder.best, state)
             self.folder.save_last(state, self.config.keep, self.step.iteration)
         self.clock.saved()

@@ -193,9 +193,9 @@ def test_meta_images_among_the_training_images_by_content(refused):
     ("name", "text", "says"),
     [
         ("few.txt", "0\n1\n", "few.txt holds 2 labels for 24 training images"),
-        ("range.txt", "0\n" * 23 + "3\n", "range.txt has the label 3 at position 23"),
-        ("negative.txt", "-1\n" + "0\n" * 23, "negative.txt has the label -1 at position 0"),
-        ("words.txt", "0\nant\n" + "0\n" * 22, "words.txt, row 2: 'ant' is not an integer"),
+        ("range.txt", "0\n" * 23 + "3\n", "range.txt: the label '3' at position 23"),
+        ("negative.txt", "-1\n" + "0\n" * 23, "negative.txt: the label '-1' at position 0"),
+        ("words.txt", "0\nant\n" + "0\n" * 22, "words.txt: some labels are names of classes, as 'ant' at position 1"),
         ("words.npy", "no array", "words.npy is not a plain array"),
         ("zip.npy", "PK\x03\x04", "zip.npy is not a plain array"),
         ("tensor.pt", "no tensor", "tensor.pt does not hold an integer tensor"),
@@ -344,7 +344,7 @@ def test_resume_from_a_checkpoint_of_another_method(refused, run):
 
 
 def test_resume_with_other_settings(refused, run):
-    refused([*DIGITS, "--resume", "--output", run], "epochs is 2 in run/config.yaml and 1 now")
+    refused([*DIGITS, "--lr", "0.5", "--resume", "--output", run], "lr is 0.1 in run/config.yaml and 0.5 now")
 
 
 def test_resume_with_other_classes(refused, photos):
@@ -472,7 +472,7 @@ def test_an_interrupted_run_resumes():
     assert started.returncode == 130
     assert re.fullmatch(
         r"fastadvisor: Stopped by SIGINT after iteration \d+ \(epoch \d+ of 60\); everything so far is in run/last.pt. "
-        r"To go on: fastadvisor train --config run/config.yaml --output run --resume\n",
+        rf"To go on: fastadvisor train --config {Path.cwd()}/run/config.yaml --output {Path.cwd()}/run --resume\n",
         err,
     )
     done = len(Path("run/metrics.jsonl").read_text().splitlines())

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +19,7 @@ def calls(monkeypatch):
         "top5": 99.0,
         "per_class_top1": [50.0, None],
         "many_medium_few": {"many": 90.0, "medium": None, "few": 12.5},
+        "notes": [],
     }
 
     def evaluate_run(run, **flags):
@@ -149,7 +149,7 @@ def test_interrupt(capsys, calls, monkeypatch):
 
 def test_evaluate_prints_a_table_without_what_is_missing(capsys, calls):
     assert cli.main(["evaluate", "runs/a", "--checkpoint", "best", "--data-root", "d", "--device", "cpu"]) == 0
-    assert calls == [(Path("runs/a"), {"checkpoint": "best", "data_root": "d", "device": "cpu"})]
+    assert calls == [("runs/a", {"checkpoint": "best", "data_root": "d", "device": "cpu"})]
     out = capsys.readouterr().out
     assert [line.split()[-1] for line in out.splitlines()] == ["81.25", "99.00", "50.00", "90.00", "12.50"]
     assert "medium" not in out.replace("many_medium_few", "")
@@ -157,7 +157,7 @@ def test_evaluate_prints_a_table_without_what_is_missing(capsys, calls):
 
 def test_evaluate_json(capsys, calls):
     assert cli.main(["evaluate", "runs/a", "--json"]) == 0
-    assert calls == [(Path("runs/a"), {"checkpoint": "model", "data_root": None, "device": "auto"})]
+    assert calls == [("runs/a", {"checkpoint": "model", "data_root": None, "device": "auto"})]
     assert json.loads(capsys.readouterr().out)["many_medium_few"]["medium"] is None
 
 

@@ -10,7 +10,7 @@ QUIET = {"progress": False, "tensorboard": False, "device": "cpu", "epochs": 1}
 
 
 def test_methods_and_seeds_side_by_side(tmp_path, capsys):
-    result = fastadvisor.compare(methods="ce, mfrw", seeds=2, output=str(tmp_path / "out"), **QUIET)
+    result = fastadvisor.compare(methods="ce, mfrw", seeds=2, output=str(tmp_path / "out"), **{**QUIET, "progress": True})
     assert json.loads((tmp_path / "out" / "compare.json").read_text()) == json.loads(json.dumps(result))
     assert [row["method"] for row in result["rows"]] == ["ce", "mfrw"]
     for row in result["rows"]:

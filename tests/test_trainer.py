@@ -275,7 +275,7 @@ def test_watching_alone_does_not_change_a_run(tmp_path):
 def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsys):
     run = trainer(approx_meta=True, **changes)
     assert run.meta_gradient().startswith("all layers")
-    assert "layers" in capsys.readouterr().out
+    assert "layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,15 @@ import csv
 import io
 from collections.abc import Iterable, Mapping
 
-from fastadvisor.data.images import Images
+import numpy as np
+
+from fastadvisor.data.decode import Unreadable, decode_rgb, read
+from fastadvisor.data.images import ArrayImages, Images
 from fastadvisor.errors import UserError
 
 COLUMNS = ("part", "id", "reason", "image")
+PROBED = 32
+"""Images of a part that are decoded before a run, at most: the first that can be read ends it."""
 
 
 class BadImages:
@@ -40,6 +45,27 @@ class BadImages:
                 f"({len(self.reasons)} of {self.total} {self.part} files; the first: {reason}): "
                 f"replace or delete them, or raise --max-bad-fraction, which is {self.max_fraction:g}."
             )
+
+    def probe(self) -> None:
+        """Decode a few images spread over the part: an epoch is long, and its end no time to learn that all are broken.
+
+        Raises:
+            UserError: none of them can be read.
+        """
+        if not self.total or isinstance(self.images, ArrayImages):
+            return
+        reasons: dict[int, str] = {}
+        for row in np.unique(np.linspace(0, len(self.images) - 1, PROBED, dtype=np.int64)).tolist():
+            try:
+                decode_rgb(read(self.images, row))
+                return
+            except Unreadable as error:
+                reasons[row] = str(error)
+        first, reason = next(iter(reasons.items()))
+        raise UserError(
+            f"None of {len(reasons)} {self.part} images that were looked at can be read (first: {self.images.name(first)}: "
+            f"{reason}): replace them."
+        )
 
     def first(self, count: int) -> list[tuple[int, str]]:
         """Return row and reason of the first ``count``."""

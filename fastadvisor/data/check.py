@@ -193,7 +193,7 @@ def check_data(source: Source, config: CheckConfig) -> Report:
         source: as a reader gives it.
         config: with ``decode`` off, files are read but not decoded.
     """
-    splits = {"training": source.train, "meta": source.meta, "test": source.test}
+    splits = {"training": source.train, "meta": source.meta, "test": source.test, "val": source.val}
     parts = {name: split for name, split in splits.items() if split is not None}
     seen = {name: _look_at_all(name, split, decode=config.decode) for name, split in parts.items()}
     counts = {name: _counts(split.labels, len(source.classes)) for name, split in parts.items()}
@@ -202,7 +202,7 @@ def check_data(source: Source, config: CheckConfig) -> Report:
         name: _part(split, seen[name], dict(zip(source.classes, counts[name].tolist(), strict=True)), groups.of[name])
         for name, split in parts.items()
     }
-    report = Report(source.name, len(source.classes), reports, 0, {}, None, [], [])
+    report = Report(source.name, len(source.classes), reports, 0, {}, None, [], list(source.notes))
     for name, split in parts.items():
         found = BadImages(name, split.images, len(split), config.max_bad_fraction)
         report.bad.append(found)
@@ -214,7 +214,7 @@ def check_data(source: Source, config: CheckConfig) -> Report:
             first, empty = source.classes[int(counts[name].argmin())], int((counts[name] == 0).sum())
             line = f"{empty} of {len(source.classes)} classes have no {name} images (first: {first})."
             (report.problems if name == "training" else report.notes).append(line)
-    _compare_parts(report, parts, groups)
+    _compare_parts(report, parts, groups, source.meta_rows)
     _apply_protocol(report, source, config, seen["training"].digests)
     return report
 
@@ -321,11 +321,22 @@ def _part(split: Split, seen: _Seen, per_class: dict[str, int], group: Ints) -> 
     )
 
 
-def _compare_parts(report: Report, parts: Mapping[str, Split], groups: _Groups) -> None:
-    """Fill in what is there more than once."""
-    for one, other in (("meta", "training"), ("meta", "test"), ("training", "test")):
+def _compare_parts(report: Report, parts: Mapping[str, Split], groups: _Groups, meta_rows: Ints | None) -> None:
+    """Fill in what is there more than once; ``meta_rows`` as in :class:`Source`."""
+    of = dict(groups.of)
+    if meta_rows is not None:  # training images that a run takes for the meta-set
+        of["training"] = np.delete(of["training"], meta_rows[meta_rows >= 0])
+    pairs = (
+        ("meta", "training"),
+        ("meta", "test"),
+        ("training", "test"),
+        ("meta", "val"),
+        ("training", "val"),
+        ("val", "test"),
+    )
+    for one, other in pairs:
         if one in parts and other in parts:
-            report.shared[f"{one} in {other}"] = int((np.isin(groups.of[one], groups.of[other]) & (groups.of[one] >= 0)).sum())
+            report.shared[f"{one} in {other}"] = int((np.isin(of[one], of[other]) & (of[one] >= 0)).sum())
     for pair, count in report.shared.items():
         if count:
             line = f"{count:,} {pair.replace(' in ', ' images are among the ')} images"
@@ -334,8 +345,8 @@ def _compare_parts(report: Report, parts: Mapping[str, Split], groups: _Groups) 
             else:
                 report.notes.append(f"{line}: test accuracy will flatter a run; remove them from one of the two.")
     labels, group = parts["training"].labels.numpy(), groups.of["training"]
-    pairs = np.unique(np.stack([group, labels], axis=1)[group >= 0], axis=0)
-    conflicting = np.flatnonzero(np.bincount(pairs[:, 0], minlength=len(groups.sizes)) > 1)
+    different = np.unique(np.stack([group, labels], axis=1)[group >= 0], axis=0)
+    conflicting = np.flatnonzero(np.bincount(different[:, 0], minlength=len(groups.sizes)) > 1)
     report.conflicts = int(np.isin(group, conflicting).sum())
     if report.conflicts:
         report.notes.append(

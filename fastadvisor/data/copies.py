@@ -2,7 +2,8 @@
 
 Decoding a 500-pixel JPEG costs four times a 256-pixel one, and a file system gives up a few shards more readily than a
 million files. A shard holds the copies of up to a thousand images, one after another as a tar file; its name is a digest
-of the names and sizes of the images in it, so what has changed is made again and an interrupted run goes on where it was.
+of the names, sizes and times of the images in it, and of what is in some of them, so what has changed is made again and an
+interrupted run goes on where it was.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from fastadvisor.data.decode import Unreadable, decode_rgb, read
 from fastadvisor.data.geometry import Geometry
 from fastadvisor.data.images import ArrayImages, Images, TarImages
 from fastadvisor.data.paths import Ints
+from fastadvisor.data.twins import digest as content_digest
 from fastadvisor.data.types import Split
 from fastadvisor.errors import UserError
 from fastadvisor.runtime.environment import cache_folder, cpu_cores
@@ -34,7 +36,11 @@ SHARD = 1000
 QUALITY = 95
 """Of the copies as JPEG, colour at half the resolution, as cameras do: two grey levels off the resized image on average."""
 
-VERSION = "1"
+READ = 16
+"""Images of a shard whose content is in its name: a picture may be drawn anew in the same size and keep its time, as a copying
+program that keeps times leaves it, but hardly one alone."""
+
+VERSION = "2"
 """Part of every shard's name: changes when copies come out otherwise."""
 
 
@@ -120,13 +126,13 @@ def copied(split: Split, part: str, config: LoaderConfig, geometry: Geometry) ->
 
 
 def _folder(config: LoaderConfig) -> Path:
-    folder = cache_folder() if config.cache_dir is None else Path(os.path.expanduser(config.cache_dir))
+    folder = cache_folder() if config.cache_dir is None else Path(config.cache_dir)
     return folder / f"copies-{config.cache_size}"
 
 
 def _copies(images: Images, part: str, size: int, folder: Path) -> Images:
     count = len(images)
-    sizes = images.sizes(np.arange(count))
+    sizes, times = images.sizes(np.arange(count)), images.times(np.arange(count))
     shards: list[Path] = []
     tables: list[_Table] = []
     reasons: dict[int, str] = {}
@@ -136,7 +142,7 @@ def _copies(images: Images, part: str, size: int, folder: Path) -> Images:
     ):
         for start in range(0, count, SHARD):
             rows = np.arange(start, min(start + SHARD, count))
-            shard = folder / f"{_digest(images, rows, sizes[rows], size)}.tar"
+            shard = folder / f"{_digest(images, rows, sizes[rows], times[rows], size)}.tar"
             table = _read_table(shard)
             if table is None:
                 table = _write_shard(images, rows, size, shard, pool)
@@ -149,11 +155,13 @@ def _copies(images: Images, part: str, size: int, folder: Path) -> Images:
     return CopiedImages(shards, number, offset, length, crc, reasons, images)
 
 
-def _digest(images: Images, rows: Ints, sizes: Ints, size: int) -> str:
+def _digest(images: Images, rows: Ints, sizes: Ints, times: Ints, size: int) -> str:
     """Return the name of the shard that holds the copies of ``rows``."""
     digest = hashlib.blake2b(f"{VERSION} {size} {QUALITY}".encode(), digest_size=16)
-    for row, length in zip(rows.tolist(), sizes.tolist(), strict=True):
-        digest.update(os.fsencode(f"\0{os.path.abspath(images.name(row))}\0{length}"))
+    for row, length, time in zip(rows.tolist(), sizes.tolist(), times.tolist(), strict=True):
+        digest.update(os.fsencode(f"\0{os.path.abspath(images.name(row))}\0{length}\0{time}"))
+    for row in rows[np.unique(np.linspace(0, len(rows) - 1, READ, dtype=np.int64))].tolist():
+        digest.update(content_digest(images, row) or b"")
     return digest.hexdigest()
 
 

@@ -1,26 +1,55 @@
 """Pillow's part: any image file to RGB, and whole data sets to one tensor, in threads (it releases the GIL as it decodes)."""
 
+import errno
 import io
 import os
+import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastadvisor.data.geometry import Geometry
 from fastadvisor.data.images import Images
 from fastadvisor.data.paths import Ints
+from fastadvisor.errors import too_many_open_files
 
 LARGEST_SIDE = 224
 """Cap on the side chosen for the user: what the usual networks were designed for."""
 
 SAMPLE = 200
 """Images whose headers are read to choose the side."""
+
+
+# Pillow warns of each image of half the size that it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+MEGAPIXELS = 178
+"""Of the largest image that Pillow opens: a small file may claim to hold more than there is memory."""
+
+OTHER_FORMATS = (
+    {b"II*\0": "a TIFF of a kind that is not read here", b"MM\0*": "a TIFF of a kind that is not read here"}
+    | {
+        b"ftyp" + brand: f"{name}, which is not read here"
+        for brand, name in (
+            (b"heic", "HEIC"),
+            (b"heix", "HEIC"),
+            (b"mif1", "HEIF"),
+            (b"msf1", "HEIF"),
+            (b"avif", "AVIF"),
+            (b"avis", "AVIF"),
+        )
+    }
+    | {b"<svg": "SVG, which is not read here", b"8BPS": "a Photoshop file, which is not read here"}
+)
+"""What a file that Pillow does not know is by its first bytes."""
 
 
 class Unreadable(Exception):
@@ -32,10 +61,13 @@ def read(images: Images, row: int) -> bytes:
 
     Raises:
         Unreadable: missing, empty, or the file system fails.
+        UserError: too many files are open, which is no fault of this one's.
     """
     try:
         data = images.encoded(row)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise too_many_open_files() from None
         raise Unreadable(error.strerror or str(error)) from None
     if not data:
         raise Unreadable("empty file")
@@ -43,20 +75,26 @@ def read(images: Images, row: int) -> bytes:
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Return an image of any format that Pillow knows upright by its EXIF tag and in RGB: alpha dropped, 16 bits to 8.
+    """Return an image of any format that Pillow knows upright by its EXIF tag and in RGB: alpha dropped, other values than
+    bytes scaled (:func:`_to_bytes`).
 
     Raises:
-        Unreadable: cut short, damaged, or no image.
+        Unreadable: cut short, damaged, too large, or no image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _rgb(ImageOps.exif_transpose(image))
-    except MemoryError:
+    except (MemoryError, Unreadable):
         raise
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        size = "" if pixels is None else f" ({int(pixels[0]) // 10**6} megapixels)"
+        raise Unreadable(f"too large{size}: at most {MEGAPIXELS} megapixels are read") from None
+    except UnidentifiedImageError:
+        raise Unreadable(_format_of(data) or "not an image") from None
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more on damaged files.
     except Exception as error:
-        reason = "not an image" if "cannot identify" in str(error) else "cut short" if "truncated" in str(error) else "damaged"
-        raise Unreadable(reason) from None
+        raise Unreadable("cut short" if "truncated" in str(error) else "damaged") from None
 
 
 def evaluation_pixels(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
@@ -106,11 +144,40 @@ def available_memory() -> int | None:
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Return ``image`` in RGB, alpha dropped."""
-    if image.mode.startswith("I"):  # 16-bit gray: PIL's own conversion would clip all above 255 to white
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith(("I", "F")):  # gray with more than 8 bits: PIL's own conversion would clip all above 255 to white
+        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+        return Image.fromarray(_to_bytes(np.asarray(image), sixteen=sixteen)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:  # PIL warns when such a palette goes to RGB directly
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
+    """Return (H, W) values of a gray image as bytes.
+
+    16 bits lose the lower 8. Others say nothing of their range: fractions (floats in 0 to 1) and bytes (0 to 255) are taken as
+    such, anything else is scaled so that the image's own least value becomes 0 and its greatest 255.
+
+    Raises:
+        Unreadable: values that are not finite.
+    """
+    if sixteen:
+        return (values.clip(0, 65535) // 256).astype(np.uint8)
+    if not np.isfinite(values).all():
+        raise Unreadable("values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    fractions = values.dtype.kind == "f" and low >= 0 and high <= 1
+    if not fractions and low >= 0 and high <= 255:
+        return values.astype(np.uint8)
+    if fractions:
+        low, high = 0.0, 1.0
+    return ((values.astype(np.float64) - low) * (255 / (high - low if high > low else 1))).round().astype(np.uint8)
+
+
+def _format_of(data: bytes) -> str | None:
+    """Return what an image that Pillow does not know is; None if it looks like none."""
+    begins = (data[:4], data[4:12])  # a box of the ISO formats begins with its length
+    return next((what for magic, what in OTHER_FORMATS.items() if magic in begins), None)
 
 
 def _shorter_side(images: Images, row: int) -> int | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +40,10 @@ class Images(Protocol):
         """Return the encoded size of each of ``rows`` in bytes, -1 where there is no such file; (len(rows),) int64."""
         ...
 
+    def times(self, rows: NDArray[np.integer]) -> Ints:
+        """Return when each of ``rows`` was last written, in nanoseconds, -1 where there is no file; (len(rows),) int64."""
+        ...
+
     def digest(self, row: int) -> bytes:
         """Return 16 bytes that are equal where the content is; OSError where it cannot be read."""
         ...
@@ -57,6 +61,11 @@ class ArrayImages:
             bad: rows that could not be decoded, with the reason; their pixels mean nothing.
         """
         self.pixels, self.files, self.bad = pixels, files, dict(bad or {})
+
+    @property
+    def originals(self) -> "Images | None":
+        """What the pixels were decoded from."""
+        return self.files
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -80,6 +89,10 @@ class ArrayImages:
         sizes = np.full(len(rows), int(np.prod(self.pixels.shape[1:])), dtype=np.int64)
         return np.where(np.isin(rows, list(self.bad)), -1, sizes) if self.bad else sizes
 
+    def times(self, rows: NDArray[np.integer]) -> Ints:
+        """Return -1 for each."""
+        return np.full(len(rows), -1, dtype=np.int64)
+
     def digest(self, row: int) -> bytes:
         """Return a digest of the pixels."""
         return digest_of(self.pixels[row].cpu().contiguous().numpy().tobytes())
@@ -91,8 +104,9 @@ class FileImages:
     def __init__(self, root: Path, paths: PathTable) -> None:
         """Take the folder and the paths relative to it."""
         self.root, self.paths = Path(root), paths
-        self._sizes: Ints | None = None
-        """What the file system has told so far, UNKNOWN elsewhere: several stages ask, and a million files take seconds."""
+        self._stat: Ints | None = None
+        """Size and time of each as far as the file system has told, UNKNOWN elsewhere, (N, 2): several stages ask, and a
+        million files take seconds."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -109,29 +123,37 @@ class FileImages:
     def select(self, rows: NDArray[np.integer]) -> "FileImages":
         """Return the files of ``rows``; nothing is read."""
         selected = FileImages(self.root, self.paths.select(rows))
-        selected._sizes = None if self._sizes is None else self._sizes[rows]
+        selected._stat = None if self._stat is None else self._stat[rows]
         return selected
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
         """Ask the file system, once for each file."""
-        if self._sizes is None:
-            self._sizes = np.full(len(self), UNKNOWN, dtype=np.int64)
-        unknown = rows[self._sizes[rows] == UNKNOWN]
-        self._sizes[unknown] = self._ask_sizes(unknown)
-        return self._sizes[rows]
+        return self._told(rows)[:, 0]
 
-    def _ask_sizes(self, rows: NDArray[np.integer]) -> Ints:
+    def times(self, rows: NDArray[np.integer]) -> Ints:
+        """Likewise."""
+        return self._told(rows)[:, 1]
 
-        def size(row: int) -> int:
+    def _told(self, rows: NDArray[np.integer]) -> Ints:
+        if self._stat is None:
+            self._stat = np.full((len(self), 2), UNKNOWN, dtype=np.int64)
+        unknown = rows[self._stat[rows, 0] == UNKNOWN]
+        self._stat[unknown] = self._ask(unknown)
+        return self._stat[rows]
+
+    def _ask(self, rows: NDArray[np.integer]) -> Ints:
+
+        def ask(row: int) -> tuple[int, int]:
             try:
-                return os.stat(self._path(row)).st_size
+                status = os.stat(self._path(row))
             except OSError:
-                return -1
+                return -1, -1
+            return status.st_size, status.st_mtime_ns
 
         if len(rows) < 1000:
-            return np.array([size(row) for row in rows.tolist()], dtype=np.int64)
+            return np.array([ask(row) for row in rows.tolist()], dtype=np.int64).reshape(-1, 2)
         with ThreadPoolExecutor(STAT_THREADS) as pool:
-            found = pool.map(lambda part: [size(row) for row in part.tolist()], np.array_split(rows, 8 * STAT_THREADS))
+            found = pool.map(lambda part: [ask(row) for row in part.tolist()], np.array_split(rows, 8 * STAT_THREADS))
             return np.array([one for part in found for one in part], dtype=np.int64)
 
     def digest(self, row: int) -> bytes:
@@ -140,6 +162,39 @@ class FileImages:
 
     def _path(self, row: int) -> str:
         return os.path.join(self.root, self.paths[row])
+
+
+def rows_among(files: Images, others: Images) -> Ints:
+    """Return for each of ``files`` the row of the same file, by its path, among ``others``, -1 where it is none of them.
+
+    Both may be in memory or copies; what they were decoded from counts. (N,) int64; all -1 where there are no files.
+    """
+    one, other = originals(files), originals(others)
+    none = np.full(len(files), -1, dtype=np.int64)
+    if not (isinstance(one, FileImages) and isinstance(other, FileImages)):
+        return none
+    mine, theirs = one.paths.normalised(), other.paths.normalised()
+    roots = os.path.realpath(one.root), os.path.realpath(other.root)
+    if roots[0] != roots[1] or mine.any_absolute():
+        mine = PathTable.of(_seen_from(*roots, mine[row]) for row in range(len(mine)))
+    return theirs.find(mine)
+
+
+def _seen_from(root: str, other: str, path: str) -> str:
+    """Return ``path``, absolute or relative to ``root``, as relative to ``other``; an empty string of what is not in there."""
+    if os.path.isabs(path):
+        folder, name = os.path.split(path)
+        whole = os.path.join(os.path.realpath(folder), name)
+    else:
+        whole = os.path.normpath(os.path.join(root, path))
+    return whole.removeprefix(f"{other}/") if whole.startswith(f"{other}/") else ""
+
+
+def originals(images: Images) -> Images:
+    """Return what ``images`` were decoded or copied from."""
+    while (source := getattr(images, "originals", None)) is not None:
+        images = source
+    return images
 
 
 class TarImages:
@@ -174,6 +229,11 @@ class TarImages:
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
         """Return the members' sizes."""
         return self.size[rows]
+
+    def times(self, rows: NDArray[np.integer]) -> Ints:
+        """Return when the members' shards were last written."""
+        of_shard = [shard.stat().st_mtime_ns for shard in self.shards]
+        return np.array(of_shard, dtype=np.int64)[self.shard[rows]]
 
     def digest(self, row: int) -> bytes:
         """Return a digest of the member's bytes."""
@@ -211,11 +271,18 @@ class JoinedImages:
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
         """Ask the parts."""
+        return self._asked(rows, lambda part, inner: part.sizes(inner))
+
+    def times(self, rows: NDArray[np.integer]) -> Ints:
+        """Ask the parts."""
+        return self._asked(rows, lambda part, inner: part.times(inner))
+
+    def _asked(self, rows: NDArray[np.integer], ask: Callable[[Images, NDArray[np.integer]], Ints]) -> Ints:
         out = np.empty(len(rows), dtype=np.int64)
         which = np.searchsorted(self._ends, rows, side="right")
         for number, part in enumerate(self.parts):
             mine = which == number
-            out[mine] = part.sizes(rows[mine] - (self._ends[number - 1] if number else 0))
+            out[mine] = ask(part, rows[mine] - (self._ends[number - 1] if number else 0))
         return out
 
     def digest(self, row: int) -> bytes:
@@ -244,6 +311,9 @@ class _Selected:
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
         return self.images.sizes(self.rows[rows])
+
+    def times(self, rows: NDArray[np.integer]) -> Ints:
+        return self.images.times(self.rows[rows])
 
     def digest(self, row: int) -> bytes:
         return self.images.digest(int(self.rows[row]))

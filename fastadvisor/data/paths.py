@@ -54,6 +54,18 @@ class PathTable:
             begins &= self.buffer[at] == byte
         return PathTable(self.buffer, self.start + len(wanted) * begins, self.stop)
 
+    def normalised(self) -> "PathTable":
+        """Return the table with ``./``, ``//`` and ``x/..`` resolved in every path; itself where there are none."""
+        here = self.buffer.tobytes()
+        if not any(odd in here for odd in (b"./", b"//")):
+            return self
+        return PathTable.of(os.path.normpath(self[row]) for row in range(len(self)))
+
+    def any_absolute(self) -> bool:
+        """Return whether any path begins with a slash."""
+        filled = self.stop > self.start
+        return bool((self.buffer[self.start[filled]] == ord("/")).any())
+
     def hashes(self) -> NDArray[np.uint64]:
         """Return a 64-bit polynomial hash of each path, (N,); equal paths have equal hashes."""
         value = (self.stop - self.start).astype(np.uint64)

@@ -55,7 +55,7 @@ def prepare(source: Source, config: DataConfig, seed: int) -> TrainingData:
     table = _drawn_meta(source, config, meta_rng) if source.meta is None else _own_meta(source, source.meta, config, meta_rng)
     _warn_of_test_images(table, source.test.images)
 
-    noisy = _noisy_labels(source, config, np.random.default_rng([seed, NOISE]))
+    noisy, notes = _noisy_labels(source, config, np.random.default_rng([seed, NOISE]))
     cut_by = noisy if config.noise_before_imbalance else table.labels
     train_ids = _cut(cut_by, table, source.classes, config, np.random.default_rng([seed, TAIL]))
     labels = table.labels.copy()
@@ -72,6 +72,8 @@ def prepare(source: Source, config: DataConfig, seed: int) -> TrainingData:
         mean=source.mean,
         std=source.std,
         image_size=config.image_size or source.image_size,
+        val=source.val,
+        notes=(*source.notes, *notes),
         meta_held_out=source.meta is None,
     )
 
@@ -142,7 +144,9 @@ def _own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Ge
             raise UserError(f"{source.name}: meta images are {sizes[0]} and training images {sizes[1]}: make them equal.")
     _refuse_empty(np.bincount(labels[rows], minlength=len(source.classes)), source.classes, "meta", "add some to it.")
     count = len(source.train)
-    shared = twins(meta.images, rows, train, np.arange(count))
+    known = np.full(len(rows), -1, dtype=np.int64) if source.meta_rows is None else source.meta_rows[rows]
+    pool_ids = np.setdiff1d(np.arange(count), known)
+    shared = twins(meta.images, rows, train, pool_ids)
     if shared is None:
         _warn_unchecked(source.name)
     elif shared:
@@ -151,11 +155,16 @@ def _own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Ge
             f"{train.name(shared[0].other)} ({len(shared)} of {len(rows)} meta images are shared): "
             "remove them from one of the two."
         )
+    # Those that are training images keep their rows; the others come after all training images.
+    train_labels, new = _array(source.train.labels), rows[known < 0]
+    train_labels[known[known >= 0]] = labels[rows[known >= 0]]
+    meta_ids = known.copy()
+    meta_ids[known < 0] = np.arange(count, count + len(new))
     return _Table(
-        joined([train, meta.images if len(rows) == len(labels) else meta.images.select(rows)]),
-        np.concatenate([_array(source.train.labels), labels[rows]]),
-        np.arange(count),
-        np.arange(count, count + len(rows)),
+        joined([train, meta.images if len(new) == len(labels) else meta.images.select(new)]) if len(new) else train,
+        np.concatenate([train_labels, labels[new]]),
+        pool_ids,
+        meta_ids,
     )
 
 
@@ -168,15 +177,16 @@ def _warn_unchecked(name: str) -> None:
     )
 
 
-def _noisy_labels(source: Source, config: DataConfig, rng: np.random.Generator) -> Ints:
-    """Return what the run is to believe of every training image of the source, (N,) by sample id."""
+def _noisy_labels(source: Source, config: DataConfig, rng: np.random.Generator) -> tuple[Ints, tuple[str, ...]]:
+    """Return what the run is to believe of every training image of the source, (N,) by sample id, and what to tell the user."""
     labels = _array(source.train.labels)
     if config.labels is not None:
-        return read_labels(config.labels, len(labels), len(source.classes), config.labels_key, labels)
+        found = read_labels(config.labels, source.train.images, labels, source.classes, config.labels_key, config.data_root)
+        return found.labels, found.notes
     if config.noise == "none":
-        return labels
+        return labels, ()
     targets = noise_targets(config.noise, source.classes, config.flip_map, source.superclasses)
-    return corrupt(labels, targets, config.noise_rate, rng)
+    return corrupt(labels, targets, config.noise_rate, rng), ()
 
 
 def _cut(labels: Ints, table: _Table, classes: Sequence[str], config: DataConfig, rng: np.random.Generator) -> Ints:

@@ -1,12 +1,13 @@
 """The contracts between data and the rest: what a data set is, and what a batch is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastadvisor.data.images import Images
+from fastadvisor.data.paths import Ints
 
 Triple = tuple[float, float, float]
 
@@ -59,6 +60,41 @@ class Source:
     """Side in pixels the data set is used at; None: to be chosen from the images."""
     superclasses: list[list[int]] | None = None
     """Groups of classes, for hierarchical noise."""
+    val: Split | None = None
+    """Images to choose the best checkpoint by, where the data set has them beside its test images."""
+    meta_rows: Ints | None = None
+    """(M,) for each meta image its row among the training images, -1 where it is none of them; None: no meta image is. Those
+    that are become the meta-set, with the labels they have there, and are trained on no more."""
+    notes: tuple[str, ...] = ()
+    """Sentences that a user is to be told: what was passed over, what was decided."""
+
+    def in_order(self, classes: list[str]) -> "Source":
+        """Return the source with its classes in the order of ``classes``, which are the same ones."""
+        if classes == self.classes:
+            return self
+        places = torch.tensor([classes.index(name) for name in self.classes])
+
+        def moved(split: Split | None) -> Split | None:
+            if split is None:
+                return None
+            known = (split.labels >= 0) & (split.labels < len(classes))  # others are refused where all labels are looked at
+            labels = split.labels.clone()
+            labels[known] = places[labels[known]]
+            return Split(split.images, labels)
+
+        groups = self.superclasses
+        train, test = moved(self.train), moved(self.test)
+        assert train is not None
+        assert test is not None
+        return replace(
+            self,
+            classes=list(classes),
+            train=train,
+            test=test,
+            meta=moved(self.meta),
+            val=moved(self.val),
+            superclasses=None if groups is None else [[int(places[label]) for label in group] for group in groups],
+        )
 
 
 @dataclass
@@ -82,6 +118,10 @@ class TrainingData:
     std: Triple
     image_size: int | None = None
     """As in :class:`Source`, or what the user asked for."""
+    val: Split | None = None
+    """As in :class:`Source`."""
+    notes: tuple[str, ...] = ()
+    """As in :class:`Source`, and what the protocols add."""
     meta_held_out: bool = True
     """Whether the meta-set was taken out of the training images, its labels believed; else the data set brought its own."""
 

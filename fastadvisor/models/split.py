@@ -208,7 +208,8 @@ def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: in
             logits = run(model, name, images)
             for candidate in reversed([n for n, m in model.named_modules() if isinstance(m, nn.Linear)]):
                 whole = SplitClassifier(model, candidate, name)
-                if whole.head.out_features == classes and _agrees(whole, images, logits):
+                if whole.head.out_features == classes and _agrees(whole, images, logits) and _decides(whole, images):
+                    _check_training(whole, images)
                     return whole
     finally:
         model.train(training)
@@ -241,6 +242,37 @@ def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
     if features.dim() != 2 or features.shape[1] != whole.head.in_features:
         return False
     return torch.allclose(whole.head(features), logits, rtol=1e-4, atol=1e-5)
+
+
+def _decides(whole: SplitClassifier, images: Tensor) -> bool:
+    """Whether the logits are the head's with other weights in it, too: of two heads that begin with zeros either would do."""
+    parameters = list(whole.head.parameters())
+    before = [parameter.clone() for parameter in parameters]
+    try:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        return _agrees(whole, images, whole(images))
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+
+
+def _check_training(whole: SplitClassifier, images: Tensor) -> None:
+    """Raise a UserError for a model that returns something else in training than in testing; leave its buffers as they are."""
+    before = [buffer.clone() for buffer in whole.buffers()]
+    whole.model.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            logits = whole(images)
+    except (RuntimeError, ValueError):  # two images may be too few to normalise; the trainer looks at the run's own batch
+        return
+    finally:
+        whole.model.eval()
+        for buffer, value in zip(whole.buffers(), before, strict=True):
+            buffer.copy_(value)
+    if not isinstance(logits, Tensor):
+        raise UserError(f"{whole.name} returns {type(logits).__name__} instead of logits in training; choose another model.")
 
 
 def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) -> Cut | None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from fastadvisor.errors import UserError, cannot_write
 FOLDER = 0x10
 """Attribute of a zip entry (MS-DOS): a folder."""
 FORMAT = "fastadvisor-checkpoint-3"
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which other trainers save a state dict."""
+PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def save(path: Path, payload: Mapping[str, Any]) -> None:
@@ -71,7 +75,13 @@ def read(path: Path) -> dict[str, Any]:
         _check_sums(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
     # Damage shows as almost anything: RuntimeError, EOFError, UnpicklingError, KeyError, UnicodeDecodeError, ...
-    except Exception:
+    except Exception as error:
+        foreign = re.search(r"GLOBAL ([\w.]+) was not an allowed", str(error))
+        if foreign is not None:
+            raise UserError(
+                f"{path} holds objects other than tensors and plain values ({foreign[1]}), which are not loaded, as they may "
+                "run code: save the state dict alone, torch.save(model.state_dict(), FILE)."
+            ) from None
         others = [other for other in (*kept(path.parent), path.with_name("best.pt")) if _is_another(other, path)]
         way = f"copy {others[0]} over it, or train" if path.name == "last.pt" and others else "train"
         raise UserError(
@@ -143,18 +153,35 @@ def fitting(path: Path) -> Iterator[None]:
 
 def check_weights(name: str | None) -> None:
     """Raise a UserError if there is to be a file of weights and there is none."""
-    if name is not None and not Path(name).expanduser().is_file():
+    if name is not None and not os.path.isfile(name):
         raise UserError(f"There is no file of weights {name}: check --weights.")
 
 
 def load_weights(module: torch.nn.Module, name: str) -> None:
-    """Load the classifier in the file ``name``: a run's ``model.pt``, ``best.pt`` or ``last.pt``, or any state dict.
+    """Load the classifier in the file ``name``: a run's ``model.pt``, ``best.pt`` or ``last.pt``, or any state dict, in what
+    other trainers wrap it in (:func:`unwrapped`).
 
     Raises:
         UserError: missing, damaged, or of another model.
     """
-    path = Path(name).expanduser()
-    load_model_state(module, classifier(path), path)
+    path = Path(name)
+    load_model_state(module, unwrapped(classifier(path), module.state_dict()), path)
+
+
+def unwrapped(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state dict in ``state`` under the names of ``own``: taken out of an entry such as ``state_dict``, and without
+    the prefixes that DataParallel (``module.``), torch.compile (``_orig_mod.``) and Lightning (``model.``) put before names.
+    """
+    while not any(key in own for key in state):
+        inner = next((state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping)), None)
+        prefix = next((one for one in PREFIXES if state and all(str(key).startswith(one) for key in state)), None)
+        if inner is not None:
+            state = inner
+        elif prefix is not None:
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+        else:
+            break
+    return state
 
 
 def classifier(path: Path) -> dict[str, Any]:
@@ -166,7 +193,16 @@ def classifier(path: Path) -> dict[str, Any]:
     state = read(path)
     if "format" not in state:
         return state
-    state = load(path)
+    return classifier_of(load(path), path)
+
+
+def classifier_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the state dict of the classifier in the checkpoint ``state``, read from ``path``: the average of its weights if
+    there is one.
+
+    Raises:
+        UserError: it holds no classifier.
+    """
     with fitting(path):
         return dict(state["model"] if state["average"] is None else state["average"]["model"])
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from fastadvisor.runtime.ranks import ALONE, Ranks
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE = 20.0
 """Seconds in which an iteration, a batch of a test or a save ends: torchrun waits for 30 before it kills."""
 
@@ -33,7 +33,8 @@ class Wish(IntEnum):
 class Interruption:
     """Whether someone has asked the process to stop.
 
-    Inside :meth:`watched`, SIGINT and SIGTERM are noted and nothing else; a second SIGINT ends the process at once.
+    Inside :meth:`watched`, SIGINT, SIGTERM and SIGHUP (the terminal has gone) are noted and nothing else; a second SIGINT ends
+    the process at once. One that was ignored from the start stays so, as SIGHUP under nohup.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,8 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in heard}
         ear, mouth = socket.socketpair()
         mouth.setblocking(False)
         woken = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False) if ranks.count > 1 else None
@@ -73,7 +75,7 @@ class Interruption:
 
     def _end_if_stuck(self, ear: socket.socket) -> None:
         while number := ear.recv(1):
-            if number[0] != signal.SIGTERM:
+            if number[0] == signal.SIGINT:
                 continue
             ear.settimeout(GRACE)
             steps = -1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastadvisor.errors import OutOfMemoryError
+from fastadvisor.errors import OutOfMemoryError, UserError
 from fastadvisor.runtime.allocator import release_freed_memory
 
 STATUS = Path("/proc/self/status")
@@ -17,10 +17,17 @@ CPU_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 @contextmanager
 def enough(device: torch.device) -> Iterator[None]:
-    """Turn running out of memory inside the block into an OutOfMemoryError, a UserError."""
+    """Turn running out of memory inside the block, here or in a worker process of a loader, into an OutOfMemoryError or another
+    UserError.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's allocator on the CPU raises a plain RuntimeError
+        if "DataLoader worker" in str(error):  # by a signal, so wherever the main process was
+            raise UserError(
+                "A worker of the data loader has ended, as happens when memory or /dev/shm runs out, or too many files are "
+                "open: lower --workers or --batch-size."
+            ) from None
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and CPU_FULL not in str(error):
             raise
         raise OutOfMemoryError(

@@ -7,22 +7,24 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fastadvisor.config import Config, to_dict
+from fastadvisor.config import Config, absolute, to_dict
 from fastadvisor.errors import UserError, cannot_write
 from fastadvisor.runtime import checkpoint
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "last.pt", "best.pt", "model.pt", "run.json")
 # What may change between the parts of a resumed run: nothing in here touches the numbers. epochs does (the schedule).
 MAY_DIFFER = (
+    "data_root",  # whose content is compared
     "output",
     "resume",
     "device",
@@ -40,6 +42,9 @@ MAY_DIFFER = (
     "dry_run",
 )
 
+
+LENGTH = ("epochs", "iterations")
+"""What may differ where the schedule would have done the same so far."""
 
 TEMPORARY = re.compile(r"\.config\.yaml\.\d+\.tmp")
 """All that a process leaves which was killed while it made its folder."""
@@ -94,9 +99,9 @@ class RunFolder:
 
     @classmethod
     def open_for_resume(cls, output: str | None, config: Config) -> "RunFolder":
-        """Open the folder of a run that is to be continued with ``config``.
+        """Open the folder of a run that is to be continued with ``config``, whose length may be another one.
 
-        A run that was cut off before its first epoch ended has no ``last.pt``; it is opened too, to begin once more.
+        A run that was cut off before its first save has no ``last.pt``; it is opened too, to begin once more.
 
         Raises:
             UserError: no folder named, nothing in it to continue from, or a setting differs (named with both values).
@@ -111,28 +116,54 @@ class RunFolder:
         if "last.pt" not in found and not {"config.yaml"} <= found <= {"config.yaml", "metrics.jsonl", "run.json"}:
             way = "choose another --output" if found else "check --output, or drop --resume"
             raise UserError(f"There is no last.pt in {output} to resume from; {way}.")
-        folder.check_settings(config)
+        folder.check_settings(config, but=LENGTH)
         return folder
 
-    def check_settings(self, config: Config) -> None:
-        """Refuse to take the run in this folder for one with ``config``.
+    @classmethod
+    def holds_run(cls, output: str | None) -> bool:
+        """Return whether ``output`` is the folder of a run, be it one that was cut off before its first save.
+
+        Raises:
+            UserError: no folder named, or it cannot be read.
+        """
+        if output is None:
+            raise UserError("--resume auto looks for the run in a folder; name it with --output.")
+        try:
+            return any((Path(output) / name).is_file() for name in RUN_FILES)
+        except OSError as error:
+            raise UserError(f"Output folder {output} cannot be read ({error.strerror}); check --output.") from None
+
+    def length(self) -> int:
+        """Return the epochs that the run in this folder was started for.
+
+        Raises:
+            UserError: its configuration is damaged.
+        """
+        epochs = self._read_config().get("epochs")
+        if not isinstance(epochs, int):
+            raise UserError(f"{self.config} is damaged, so the run cannot be resumed; choose another --output.")
+        return epochs
+
+    def check_settings(self, config: Config, but: Sequence[str] = ()) -> None:
+        """Refuse to take the run in this folder for one with ``config``, whatever the settings ``but`` are.
 
         Raises:
             UserError: a setting that touches the numbers differs (named with both values).
         """
-        before = self._read_config()
-        now = yaml.safe_load(yaml.safe_dump(to_dict(config)))
+        before = absolute(self._read_config())
+        now = absolute(yaml.safe_load(yaml.safe_dump(to_dict(config))))
         for key in [*now, *(key for key in before if key not in now)]:
             old, new = before.get(key, "not set"), now.get(key, "not set")
-            if key not in MAY_DIFFER and old != new:
+            if key not in (*MAY_DIFFER, *but) and old != new:
                 raise UserError(
                     f"{key} is {old!r} in {self.config} and {new!r} now; resume with the settings of the run "
                     f"(--config {self.config}), or choose another --output."
                 )
 
     def write_config(self, config: Config) -> None:
-        """Write the resolved configuration, in the form that ``--config`` reads."""
-        write_text(self.config, yaml.safe_dump(to_dict(config), sort_keys=False))
+        """Write the resolved configuration, in the form that ``--config`` reads, its paths absolute."""
+        values = absolute({**to_dict(config), "resume": False})
+        write_text(self.config, yaml.safe_dump(values, sort_keys=False))
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append one epoch's metrics as a line of JSON; NaN and infinities become null."""
@@ -152,8 +183,9 @@ class RunFolder:
         """Write ``summary.json``; NaN and infinities become null."""
         write_text(self.summary, json.dumps(_finite(summary), allow_nan=False, indent=2) + "\n")
 
-    def begin_part(self, about: Mapping[str, Any], data: str) -> None:
-        """Note in ``run.json`` how this part of the run was started; ``data`` is the fingerprint of its data.
+    def begin_part(self, about: Mapping[str, Any], data: str, classes: Sequence[str]) -> None:
+        """Note in ``run.json`` how this part of the run was started; ``data`` is the fingerprint of its data, and ``classes``
+        are in the order of the logits.
 
         Raises:
             UserError: earlier parts had other data.
@@ -172,7 +204,9 @@ class RunFolder:
                     f"The data are not those {self.path} was trained on (fingerprint {data}, before {before}): "
                     f"restore them, choose another --output, or delete {self.provenance} to go on all the same."
                 )
-        write_text(self.provenance, json.dumps({"data": data, "parts": [*parts, about]}, indent=2) + "\n")
+        write_text(
+            self.provenance, json.dumps({"data": data, "classes": list(classes), "parts": [*parts, about]}, indent=2) + "\n"
+        )
 
     def save_last(self, state: Mapping[str, Any], keep: int, iteration: int) -> None:
         """Write ``last.pt``; with ``keep`` over 1 the newest ``keep`` checkpoints have names of their own too,
@@ -201,6 +235,11 @@ class RunFolder:
         """Write ``bad_images.csv``: part, id, reason and file of each image that could not be read."""
         write_text(self.bad_images, table)
 
+    def how_to_go_on(self) -> str:
+        """Return the command that continues the run, for a shell to read from any folder."""
+        config, output = (shlex.quote(os.path.abspath(path)) for path in (self.config, self.path))
+        return f"fastadvisor train --config {config} --output {output} --resume"
+
     def _read_config(self) -> dict[str, Any]:
         try:
             values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
@@ -219,7 +258,7 @@ def write_text(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names of files in another encoding
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,8 @@
 """Small copies: made once, the same pixels, checked, made again where the originals have changed."""
 
 import io
+import itertools
+import os
 import tarfile
 
 import numpy as np
@@ -14,6 +16,7 @@ from fastadvisor.data.copies import CopiedImages
 from fastadvisor.data.decode import Unreadable, decode_rgb, evaluation_pixels, read
 from fastadvisor.data.geometry import Geometry
 from fastadvisor.errors import UserError
+from fastadvisor.runtime.provenance import fingerprint
 from tests.data.photos import encoded, photo, write_photos
 
 CPU = torch.device("cpu")
@@ -161,3 +164,49 @@ def test_without_a_folder_of_their_own_copies_go_to_the_users_cache(root, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     staged(settings(root, tmp_path, cache_dir=None))
     assert len(list((tmp_path / "home/fastadvisor/copies-40").glob("*.tar"))) == 2
+
+
+def redraw(file, keep_time):
+    """Put another picture there, of the same name and size in bytes."""
+    times, size = file.stat(), file.stat().st_size
+    out = io.BytesIO()
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(out, "BMP")
+    assert len(out.getvalue()) == size
+    file.write_bytes(out.getvalue())
+    if keep_time:
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("keep_time", [False, True], ids=["new time", "old time"])
+def test_another_picture_of_the_same_size_is_noticed(tmp_path, keep_time):
+    """With an old time, as a program that copies times leaves it, where the shard's other pictures are drawn anew too."""
+    root = tmp_path / "photos"
+    for part, name, number in itertools.product(("train", "test"), ("ant", "bee"), range(6)):
+        file = root / part / name / f"{number}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(
+            np.random.default_rng([number, ord(name[0]), ord(part[1])]).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+        ).save(file)
+    config = settings(root, tmp_path)
+    before = staged(config).train.images.encoded(3)
+    changed = [root / "train/ant/3.bmp"] if not keep_time else sorted((root / "train").rglob("*.bmp"))
+    for file in changed:
+        redraw(file, keep_time)
+    after = staged(config).train.images.encoded(3)
+    assert after != before
+    pixels, wanted = (np.asarray(decode_rgb(data)).astype(int) for data in (after, before))
+    assert np.abs(255 - pixels - wanted).mean() < 3
+    again = prepare(staged(config), config, 0)
+    assert fingerprint(again) == fingerprint(prepare(staged(config), config, 0))
+
+
+def test_the_fingerprint_of_a_run_notices_it_too(root):
+    config = resolve(Config, dataset="imagefolder", data_root=str(root), meta_per_class=2)
+    before = fingerprint(prepare(load_source(config), config, 0))
+    file = root / "train/ant/2.jpg"
+    data = bytearray(file.read_bytes())
+    data[-40] ^= 1
+    times = file.stat()
+    file.write_bytes(bytes(data))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint(prepare(load_source(config), config, 0)) != before

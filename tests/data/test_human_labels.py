@@ -9,6 +9,7 @@ import torch
 
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
+from fastadvisor.data.images import ArrayImages
 from fastadvisor.data.labels_file import read_labels
 from fastadvisor.errors import UserError
 
@@ -24,8 +25,12 @@ def human(tmp_path):
     return tmp_path / "CIFAR-10_human.pt"
 
 
+IMAGES = ArrayImages(torch.zeros(60, 1, 1, 3, dtype=torch.uint8))
+DIGITS = [str(digit) for digit in range(10)]
+
+
 def read(path, key="worse_label", true_labels=TRUE):
-    return read_labels(str(path), 60, 10, key, true_labels)
+    return read_labels(str(path), IMAGES, true_labels, DIGITS, key).labels
 
 
 def test_the_labels_of_the_key_are_read(human):
@@ -44,6 +49,15 @@ def test_every_way_such_a_file_is_written(tmp_path, dtype, legacy):
     assert read(path).tolist() == TRUE.tolist()
     torch.save({"worse_label": TRUE.tolist(), "about": "text", "rate": 0.4}, path)
     assert read(path).tolist() == TRUE.tolist()
+
+
+@pytest.mark.parametrize("other", [[[1, 2], [3]], torch.ones(3, dtype=torch.bfloat16), {"a": [1]}, None])
+def test_another_entry_that_numpy_cannot_take_is_passed_over(tmp_path, other):
+    path = tmp_path / "labels.pt"
+    torch.save({"votes": other, "worse_label": TRUE}, path)
+    assert read(path).tolist() == TRUE.tolist()
+    with pytest.raises(UserError, match="holds no votes"):
+        read(path, "votes")
 
 
 def test_files_of_numpy_before_2_name_its_parts_otherwise(tmp_path):

@@ -14,7 +14,7 @@ from fastadvisor.replay import replay
 from tests.distributed.test_equivalence import PATHS, torchrun
 from tests.faults import kills
 
-TRAIN = ["train", "--device", "cpu", "--no-progress", "--no-tensorboard", "--epochs", "3", "--lr", "0.02"]
+TRAIN = ["train", "--device", "cpu", "--no-tensorboard", "--epochs", "3", "--lr", "0.02"]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_two_trainings_and_a_dry_run_one_after_the_other(tmp_path):
         "from fastadvisor import cli\n"
         "ends = []\n"
         "for name in 'ab':\n"
-        "    settings = dict(epochs=1, device='cpu', progress=False, tensorboard=False, output=f'{sys.argv[1]}/{name}')\n"
+        "    settings = dict(epochs=1, device='cpu', tensorboard=False, output=f'{sys.argv[1]}/{name}')\n"
         "    ends.append(fastadvisor.train(**settings).summary['test_top1'])\n"
         "assert ends[0] == ends[1]\n"
         "assert cli.main(['train', '--dry-run', '--device', 'cpu']) == 0\n"

@@ -178,6 +178,79 @@ def test_a_linear_layer_on_every_pixel_is_no_head():
         split(Dense(), "mine", (4, 4), CLASSES)
 
 
+class TwoHeads(nn.Module):
+    """The logits are the mean of two heads on features of their own, as of a distilled transformer in testing."""
+
+    def __init__(self, zeros=False, pair=False):
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 8), nn.Linear(12, 8)
+        self.head, self.head_dist = nn.Linear(8, CLASSES), nn.Linear(8, CLASSES)
+        self.pair = pair
+        if zeros:
+            for head in (self.head, self.head_dist):
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+
+    def forward(self, x):
+        first, second = self.head(self.one(x.flatten(1)).relu()), self.head_dist(self.two(x.flatten(1)).relu())
+        return (first, second) if self.pair and self.training else (first + second) / 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"zeros": True}, {"pair": True}], ids=str)
+def test_two_heads_are_refused(settings):
+    """Heads that begin with zeros give logits of zero, which any of them would explain."""
+    with pytest.raises(UserError, match="mine does not end in a linear layer on a feature vector"):
+        split(TwoHeads(**settings), "mine", (2, 2), CLASSES)
+
+
+def test_a_head_of_zeros_is_still_a_head():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    nn.init.zeros_(model[3].weight)
+    nn.init.zeros_(model[3].bias)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    assert split(model, "mine", (2, 2), CLASSES).head_name == "3"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_model_with_an_output_of_its_own_in_training():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm, self.head = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            features = self.norm(self.body(x.flatten(1)))
+            return (self.head(features), features) if self.training else self.head(features)
+
+    model = Auxiliary()
+    with pytest.raises(UserError, match="mine returns tuple instead of logits in training; choose another model"):
+        split(model, "mine", (2, 2), CLASSES)
+    assert model.training
+    assert torch.equal(model.norm.running_mean, torch.zeros(8))
+    assert int(model.norm.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("deit_tiny_distilled_patch16_224", 224),
+        ("levit_128s", 224),
+        ("pit_ti_distilled_224", 224),
+        ("efficientformer_l1", 224),
+        ("efficientformerv2_s0", 224),
+        ("crossvit_9_240", 240),
+    ],
+)
+def test_timms_models_of_several_heads_are_refused(name, size):
+    timm = pytest.importorskip("timm")
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    with pytest.raises(UserError, match=f"timm/{name} does not end in a linear layer on a feature vector"):
+        build_model(ModelConfig(model=f"timm/{name}"), CLASSES, (size, size))
+
+
 def test_the_head_may_be_registered_before_the_backbone():
     class Reversed(nn.Module):
         def __init__(self):

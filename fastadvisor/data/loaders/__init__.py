@@ -85,8 +85,10 @@ class Loaders:
     train: Loader
     meta: Loader
     test: EvaluationLoader
+    val: EvaluationLoader | None = None
+    """To choose the best checkpoint by, where the data set has images for that."""
     bad: list[BadImages] = field(default_factory=list)
-    """Of the training, meta and test images."""
+    """Of the training, meta, test and val images."""
 
     def bad_table(self) -> str:
         """Return all images that could not be read as CSV."""
@@ -98,8 +100,9 @@ class Loaders:
 
     def close(self) -> None:
         """End threads and processes."""
-        for loader in (self.train, self.meta, self.test):
-            loader.close()
+        for loader in (self.train, self.meta, self.test, self.val):
+            if loader is not None:
+                loader.close()
 
 
 def build_loaders(config: Config, data: TrainingData, device: torch.device, rank: int = 0, ranks: int = 1) -> Loaders:
@@ -126,6 +129,8 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
         data = counts.without_bad_images(data)
     else:
         counts.look_for_missing_files(data)
+        for part in counts.all():
+            part.probe()
     batch, meta_batch = _batch_sizes(config, data, ranks)
     # Streams of their own, so that the meta-set cycles by itself.
     parts = ((data.train_ids, batch, 2 * config.seed), (data.meta_ids, meta_batch, 2 * config.seed + 1))
@@ -142,6 +147,12 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
         labels = data.labels.to(device)
         if pad is not None:
             pad.check_side(size)
+        if name == "torch" and (workers := _workers(config)):
+            from fastadvisor.data.loaders.dataloader import check_open_files, check_shared_memory
+
+            tests = [min(config.eval_batch_size, len(part)) for part in (data.test, data.val) if part is not None]
+            check_shared_memory((batch, meta_batch), tests, size, workers)
+            check_open_files(3, workers)  # one of those that test at a time
         train, meta = (
             StreamLoader(
                 _backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed, rank=rank),
@@ -156,8 +167,11 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
             )
             for (ids, batch, seed), bad in zip(parts, (counts.train, counts.meta), strict=True)
         )
-    test = _test_loader(name, geometry, config, data, device, counts.test, rank, ranks)
-    return Loaders(name, why, size, data, train, meta, test, [counts.train, counts.meta, counts.test])
+    test = _test_loader(name, geometry, config, data, data.test, device, counts.test, rank, ranks)
+    val = None
+    if data.val is not None and counts.val is not None:
+        val = _test_loader(name, geometry, config, data, data.val, device, counts.val, rank, ranks)
+    return Loaders(name, why, size, data, train, meta, test, val, counts.all())
 
 
 def build_test_loader(config: Config, data: TrainingData, device: torch.device) -> tuple[EvaluationLoader, int]:
@@ -167,14 +181,19 @@ def build_test_loader(config: Config, data: TrainingData, device: torch.device) 
         UserError: as :func:`build_loaders`.
     """
     geometry = geometry_of(config, data)
-    data = replace(data, test=copied(data.test, "test", config, geometry))
+    data = replace(data, test=copied(data.test, "test", config, geometry), val=None)
     name, _ = choose(config, data, geometry.size, device)
     counts = _BadOf(data, config)
     if name == "resident":
-        data = counts.without_bad_test_images(replace(data, test=decode_split(data.test, geometry)))
+        test = decode_split(data.test, geometry)
+        data = replace(data, test=_without_bad(test, counts.test))
     elif name == "synthetic":
         name = "torch"  # what is tested is real
-    return _test_loader(name, geometry, config, data, device, counts.test), geometry.size
+    if name == "torch" and (workers := _workers(config)):
+        from fastadvisor.data.loaders.dataloader import check_shared_memory
+
+        check_shared_memory((), (min(config.eval_batch_size, len(data.test)),), geometry.size, workers)
+    return _test_loader(name, geometry, config, data, data.test, device, counts.test), geometry.size
 
 
 class _BadOf:
@@ -185,11 +204,16 @@ class _BadOf:
         self.train = BadImages("training", data.images, len(data.train_ids), most)
         self.meta = BadImages("meta", data.images, len(data.meta_ids), most)
         self.test = BadImages("test", data.test.images, len(data.test), most)
+        self.val = None if data.val is None else BadImages("val", data.val.images, len(data.val), most)
+
+    def all(self) -> list[BadImages]:
+        """Return those of the parts there are."""
+        return [self.train, self.meta, self.test, *([] if self.val is None else [self.val])]
 
     def look_for_missing_files(self, data: TrainingData) -> None:
         """Count files that are not there or empty before any work is lost."""
-        for part, ids in ((self.train, data.train_ids), (self.meta, data.meta_ids), (self.test, None)):
-            rows = np.arange(len(data.test)) if ids is None else _array(ids)
+        for part, ids in zip(self.all(), (data.train_ids, data.meta_ids, None, None), strict=False):
+            rows = np.arange(len(part.images)) if ids is None else _array(ids)
             sizes = part.images.sizes(rows)
             part.add({int(rows[at]): "no such file" if sizes[at] < 0 else "empty file" for at in np.flatnonzero(sizes <= 0)})
 
@@ -200,17 +224,22 @@ class _BadOf:
         for part, ids in ((self.train, data.train_ids), (self.meta, data.meta_ids)):
             part.add({row: data.images.bad[row] for row in ids.tolist() if row in data.images.bad})
             kept.append(ids[torch.from_numpy(~np.isin(_array(ids), list(part.reasons)))] if part.reasons else ids)
-        return self.without_bad_test_images(replace(data, train_ids=kept[0], meta_ids=kept[1]))
+        val = None if data.val is None or self.val is None else _without_bad(data.val, self.val)
+        return replace(data, train_ids=kept[0], meta_ids=kept[1], test=_without_bad(data.test, self.test), val=val)
 
-    def without_bad_test_images(self, data: TrainingData) -> TrainingData:
-        """Likewise for the test images."""
-        images = data.test.images
-        assert isinstance(images, ArrayImages)
-        self.test.add(images.bad)
-        if not images.bad:
-            return data
-        good = np.setdiff1d(np.arange(len(images)), list(images.bad))
-        return replace(data, test=Split(images.select(good), data.test.labels[torch.from_numpy(good)]))
+
+def _without_bad(split: Split, counted: BadImages) -> Split:
+    """Return ``split``, which is in memory, without the images that could not be decoded, which are counted."""
+    images = split.images
+    assert isinstance(images, ArrayImages)
+    counted.add(images.bad)
+    if not images.bad:
+        return split
+    good = np.setdiff1d(np.arange(len(images)), list(images.bad))
+    if not len(good):
+        row, reason = next(iter(images.bad.items()))
+        raise UserError(f"None of the {counted.part} images can be read (first: {images.name(row)}: {reason}): replace them.")
+    return Split(images.select(good), split.labels[torch.from_numpy(good)])
 
 
 def _batch_sizes(config: LoaderConfig, data: TrainingData, ranks: int) -> tuple[int, int]:
@@ -242,16 +271,17 @@ def _test_loader(
     geometry: Geometry,
     config: Config,
     data: TrainingData,
+    split: Split,
     device: torch.device,
     bad: BadImages,
     rank: int = 0,
     ranks: int = 1,
 ) -> EvaluationLoader:
-    batch, labels = config.eval_batch_size, data.test.labels.to(device)
+    batch, labels = config.eval_batch_size, split.labels.to(device)
     if name == "resident":
-        assert isinstance(data.test.images, ArrayImages)
-        return ResidentEvaluation(data.test.images.pixels.to(device), labels, batch, data.mean, data.std, rank, ranks)
-    backend = _backend(name, data.test.images, geometry, config, data, device, batch, training=False)
+        assert isinstance(split.images, ArrayImages)
+        return ResidentEvaluation(split.images.pixels.to(device), labels, batch, data.mean, data.std, rank, ranks)
+    backend = _backend(name, split.images, geometry, config, data, device, batch, training=False)
     return EvaluationStream(backend, labels, batch, bad=bad, mean=data.mean, std=data.std, rank=rank, ranks=ranks)
 
 

@@ -61,7 +61,8 @@ def stage(source: Source, config: Config, device: torch.device) -> Source:
         geometry = geometry_of(config, replace(source, image_size=config.image_size or source.image_size))
         train, test = copied(source.train, "training", config, geometry), copied(source.test, "test", config, geometry)
         meta = None if source.meta is None else copied(source.meta, "meta", config, geometry)
-        source = replace(source, train=train, test=test, meta=meta, image_size=geometry.size)
+        val = None if source.val is None else copied(source.val, "val", config, geometry)
+        source = replace(source, train=train, test=test, meta=meta, val=val, image_size=geometry.size)
     return into_memory(source, config, device)
 
 
@@ -91,7 +92,8 @@ def into_memory(source: Source, config: Config, device: torch.device) -> Source:
         )
     train, test = decode_split(source.train, geometry), decode_split(source.test, geometry)
     meta = None if source.meta is None else decode_split(source.meta, geometry)
-    return replace(source, train=train, test=test, meta=meta, image_size=geometry.size)
+    val = None if source.val is None else decode_split(source.val, geometry)
+    return replace(source, train=train, test=test, meta=meta, val=val, image_size=geometry.size)
 
 
 def decode_split(split: Split, geometry: Geometry) -> Split:
@@ -108,9 +110,10 @@ def memory_needed(data: Source | TrainingData, size: int) -> int:
 
 
 def _parts(data: Source | TrainingData) -> list[Images]:
+    val = [] if data.val is None else [data.val.images]
     if isinstance(data, TrainingData):
-        return [data.images, data.test.images]
-    return [data.train.images, data.test.images, *([] if data.meta is None else [data.meta.images])]
+        return [data.images, data.test.images, *val]
+    return [data.train.images, data.test.images, *([] if data.meta is None else [data.meta.images]), *val]
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -1,13 +1,16 @@
 """torch's DataLoader: a worker process makes a whole batch, with torchvision's decoder and transforms."""
 
+import os
+import resource
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from multiprocessing import queues
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 
 from fastadvisor.data.decode import decode_rgb, read
@@ -17,7 +20,7 @@ from fastadvisor.data.jpeg import plain_jpeg_size
 from fastadvisor.data.loaders.resize import as_in_testing, resized
 from fastadvisor.data.loaders.stream import Decoded, with_spares
 from fastadvisor.data.order import Spec
-from fastadvisor.errors import UserError
+from fastadvisor.errors import UserError, too_many_open_files
 from fastadvisor.runtime.allocator import return_freed_memory
 
 try:
@@ -25,13 +28,20 @@ try:
 except ImportError:  # torchvision announces that a later release will be without it
     decode_image = None
 
+SHARED = "/dev/shm"
+ROOM = "give the container more (docker run --shm-size 2g, or --ipc host)"
+MOST_FILES = 65_536
+FILES, SPARE_FILES = 3, 24
+"""Files that a worker keeps open in the main process (a pipe's two ends, and what tells of its end), and all else that may be
+opened at a time.
+"""
 PREFETCH = 3
 """Batches a worker may be ahead."""
 
 POLICIES = {"cifar10": v2.AutoAugmentPolicy.CIFAR10, "imagenet": v2.AutoAugmentPolicy.IMAGENET}
 
 
-class Batches(Dataset[Decoded]):
+class Batches(Dataset["Decoded | UserError"]):
     """Makes the batch of a spec. With --crop pad the images are as in testing: the device pads and crops them."""
 
     def __init__(self, images: Images, geometry: Geometry, mirror: bool, auto_augment: str) -> None:
@@ -41,8 +51,28 @@ class Batches(Dataset[Decoded]):
         self.mirror = mirror and cropped
         self.policy = v2.AutoAugment(POLICIES[auto_augment]) if auto_augment != "none" and cropped else None
 
-    def __getitem__(self, spec: Spec) -> Decoded:
-        """Return the batch of ``spec``, images (B, S, S, 3) uint8."""
+    def __getitem__(self, spec: Spec) -> "Decoded | UserError":
+        """Return the batch of ``spec``, images (B, S, S, 3) uint8; from a worker process, in shared memory.
+
+        What a user can put right is returned: torch would add the worker's traceback to what it raises in the main process.
+        """
+        try:
+            decoded = self._decoded(spec)
+            if get_worker_info() is not None:
+                # Here, not by the queue's own thread, which cannot tell the main process of memory that has run out.
+                decoded.images.share_memory_()
+                decoded.ids.share_memory_()
+            return decoded
+        except UserError as error:
+            return error
+        except RuntimeError as error:
+            if "Too many open files" in str(error):
+                return too_many_open_files()
+            if "shared memory" not in str(error):
+                raise
+            return UserError(f"The shared memory in {SHARED} is full: {ROOM}, or lower --workers or --batch-size.")
+
+    def _decoded(self, spec: Spec) -> Decoded:
         size = self.geometry.size
 
         def attempt(place: int, row: int) -> Tensor:
@@ -94,7 +124,7 @@ class TorchBackend:
 
     def decode(self, specs: Iterable[Spec]) -> Iterator[Decoded]:
         """Return the batches of ``specs``; the workers live as long as this iterator."""
-        loader: DataLoader[Decoded] = DataLoader(
+        loader: DataLoader[Decoded | UserError] = DataLoader(
             self.batches,
             sampler=specs,
             batch_size=None,
@@ -106,14 +136,14 @@ class TorchBackend:
             generator=torch.Generator(),  # seeds the workers, else from the global one: the run's other numbers would move
         )
         try:
-            yield from loader
+            for decoded in loader:
+                if isinstance(decoded, UserError):
+                    raise decoded
+                yield decoded
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "A worker of the data loader was killed, as happens when memory or /dev/shm runs out: "
-                "lower --workers or --batch-size."
-            ) from None
+            if "Too many open files" in str(error) or "ancdata" in str(error):
+                raise too_many_open_files() from None
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: a batch depends on its spec alone."""
@@ -126,8 +156,59 @@ class TorchBackend:
         """There is nothing to end: the workers go with the iterator."""
 
 
+def check_shared_memory(batches: Sequence[int], tests: Sequence[int], side: int, workers: int) -> None:
+    """Find out whether the batches that worker processes keep ready fit in shared memory: where it runs out, they end one by
+    one.
+
+    Args:
+        batches: images in a batch of each training loader, which all run at a time.
+        tests: of each loader to test with, which run one at a time beside them.
+        side: of the images in pixels.
+        workers: of each loader.
+
+    Raises:
+        UserError: they do not; names how many workers do.
+    """
+    if not os.path.isdir(SHARED):
+        return
+    status = os.statvfs(SHARED)
+    free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    image = 3 * side * side
+    each = image * (sum(batches) + max(tests, default=0))  # that all loaders hold for one batch each
+    if (workers * PREFETCH + 1) * each <= free:
+        return
+    fits = max(0, (free // each - 1) // PREFETCH)
+    way = f"take --workers {fits}, which fits" if fits else "take --workers 0, which needs none"
+    raise UserError(
+        f"The {workers} worker processes of each loader hand over batches in {SHARED}, which has {free / 1e6:.0f} MB free, and "
+        f"need {(workers * PREFETCH + 1) * each / 1e6:.0f}: {ROOM}, or {way}."
+    )
+
+
+def check_open_files(loaders: int, workers: int) -> None:
+    """Let this process open as many files as it may, and find out whether that is enough for the worker processes.
+
+    Raises:
+        UserError: it is not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    if os.path.isdir("/proc/self/fd") and soft != resource.RLIM_INFINITY:
+        free = soft - len(os.listdir("/proc/self/fd"))
+        if loaders * workers * FILES + SPARE_FILES > free:
+            raise too_many_open_files()
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _end(error: Exception, batch: object) -> None:
+    """End the worker: what it cannot hand over is lost, and the main process would wait for it without end."""
+    os._exit(1)
 
 
 def _modest(worker: int) -> None:
@@ -135,5 +216,7 @@ def _modest(worker: int) -> None:
     run, as by Ctrl-C, are for the run to answer: it ends its workers itself.
     """
     return_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setattr(queues.Queue, "_on_queue_feeder_error", staticmethod(_end))  # noqa: B010 (not typed)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

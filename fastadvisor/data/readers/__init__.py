@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from fastadvisor.config import DataConfig
+from fastadvisor.data.images import rows_among
 from fastadvisor.data.readers import (
     animal10n,
     cifar,
@@ -65,5 +68,37 @@ def load_source(config: DataConfig) -> Source:
         raise UserError(f"--meta-list is for data sets of files, and {name} is none: drop it, its meta-set is held out.")
     source = READERS[name](config)
     if config.meta_list is not None and name != "list":
-        source = replace(source, meta=list_files.read_meta(config, source.classes), meta_drawn=False)
-    return source
+        source = list_files.with_meta_list(source, config)
+    return trusted(source)
+
+
+def trusted(source: Source) -> Source:
+    """Return ``source`` with the meta images that are training images as well, by their paths, marked as such.
+
+    Raises:
+        UserError: one is a test image, or named twice.
+    """
+    meta = source.meta
+    if meta is None or source.meta_drawn:
+        return source
+    for part, split in (("test", source.test), ("val", source.val)):
+        among = np.empty(0) if split is None else np.flatnonzero(rows_among(meta.images, split.images) >= 0)
+        if len(among):
+            raise UserError(
+                f"{meta.images.name(int(among[0]))} is named as an image of the meta-set and is a {part} image "
+                f"({len(among)} of {len(meta)} are): a run must not learn from what it is "
+                f"{'tested' if part == 'test' else 'chosen'} on; name other images."
+            )
+    rows = rows_among(meta.images, source.train.images)
+    inside = rows[rows >= 0]
+    if not len(inside):
+        return source
+    unique, counts = np.unique(inside, return_counts=True)
+    if (counts > 1).any():
+        twice = source.train.images.name(int(unique[counts > 1][0]))
+        raise UserError(f"{twice} is named twice as an image of the meta-set: leave one of the two out.")
+    note = (
+        f"{len(inside):,} of the {len(meta):,} images of the meta-set are training images: they are taken out of the training "
+        "set, and have the labels that the meta-set gives them."
+    )
+    return replace(source, meta_rows=rows, notes=(*source.notes, note))

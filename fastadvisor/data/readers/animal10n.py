@@ -1,5 +1,6 @@
 """Animal-10N (Song et al. 2019): ten animals, five pairs that are easily confused; the label is in the file's name."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from fastadvisor.config import DataConfig
 from fastadvisor.data.images import FileImages
 from fastadvisor.data.paths import PathTable
-from fastadvisor.data.readers.imagefolder import MEAN, STD, image_files
+from fastadvisor.data.readers.imagefolder import MEAN, STD, PassedOver, image_files
 from fastadvisor.data.readers.lists import root_of
 from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
@@ -31,20 +32,22 @@ def read(config: DataConfig) -> Source:
     folder = next((path.parent for depth in depths for path in sorted(root.glob(depth))), None)
     if folder is None or not (folder / "testing").is_dir():
         raise UserError(f"{root} must hold training/ and testing/, as in Animal-10N's archive: check --data-root.")
-    train, test = (_split(folder / part) for part in ("training", "testing"))
-    return Source("animal10n", list(CLASSES), train, test, mean=MEAN, std=STD, image_size=SIDE)
+    passed_over = PassedOver()
+    train, test = (_split(folder / part, passed_over) for part in ("training", "testing"))
+    notes = passed_over.notes()
+    return Source("animal10n", list(CLASSES), train, test, mean=MEAN, std=STD, image_size=SIDE, notes=notes)
 
 
-def _split(folder: Path) -> Split:
+def _split(folder: Path, passed_over: PassedOver) -> Split:
     try:
-        files = image_files(folder)
+        files = image_files(folder, folder, passed_over)
     except OSError as error:
         raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check --data-root.") from None
     if not files:
         raise UserError(f"The folder {folder} holds no images: unpack the archive again.")
     labels = []
     for name in files:
-        label = name.partition("_")[0]
+        label = os.path.basename(name).partition("_")[0]
         if not (label.isdecimal() and int(label) < len(CLASSES)):
             raise UserError(f"{folder / name}: its name does not begin with a label, as in 3_1234.jpg (3: {CLASSES[3]}).")
         labels.append(int(label))

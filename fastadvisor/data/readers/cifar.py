@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100: the published pickles, or the same images as a pair of folders (formats.md)."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def read(config: DataConfig) -> Source:
         raise UserError(
             f"{name} needs a folder: --data-root DIR that holds {archive}/, or --data-root DIR --download to fetch it."
         )
-    root = Path(os.path.expanduser(config.data_root))
+    root = Path(config.data_root)
     if root.name == archive:  # the archive itself was named instead of the folder it lies in
         root = root.parent
     if config.download or os.path.isdir(root / archive):  # Path.is_dir raises where the folder may not be read
@@ -105,7 +106,8 @@ def _from_folders(name: str, root: Path) -> Source:
             )
     if len(folders.classes) != len(CLASSES[name]):
         raise UserError(f"{root / 'train'} holds {len(folders.classes)} classes, {name} has {len(CLASSES[name])}.")
-    return _source(name, folders.classes, folders.train, folders.test)
+    source = _source(name, folders.classes, folders.train, folders.test)
+    return replace(source, val=folders.val, notes=folders.passed_over.notes())
 
 
 def _source(name: str, classes: list[str], train: Split, test: Split) -> Source:

@@ -7,7 +7,7 @@ import torch
 
 from fastadvisor.config import DataConfig
 from fastadvisor.data.paths import Ints, PathTable
-from fastadvisor.data.readers.lists import Listed, find_file, images_below, read_keys, read_list, read_names, root_of
+from fastadvisor.data.readers.lists import Listed, find_file, images_below, read_class_names, read_keys, read_list, root_of
 from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -27,7 +27,7 @@ def read(config: DataConfig) -> Source:
         UserError: an annotation is missing or cannot be read, a key has no label, or the images are nowhere in the root.
     """
     root = root_of(config, "category_names_eng.txt, the lists of labels and keys, and images/")
-    classes = read_names(find_file(root, "category_names_eng.txt"))
+    classes = read_class_names(find_file(root, "category_names_eng.txt"))
     noisy, clean = (_labels(root, f"{kind}_label_kv.txt") for kind in ("noisy", "clean"))
     train = _listed(root, "noisy_train_key_list.txt", noisy, "noisy_label_kv.txt")
     if config.variant == "clean-and-noisy":
@@ -38,8 +38,17 @@ def read(config: DataConfig) -> Source:
             np.concatenate([train.labels[only_noisy], verified.labels]),
         )
     meta, test = (_listed(root, f"clean_{part}_key_list.txt", clean, "clean_label_kv.txt") for part in ("val", "test"))
-    splits = [Split(images_below(root, part.paths, [FOLDER]), torch.from_numpy(part.labels)) for part in (train, test, meta)]
-    return Source("clothing1m", classes, splits[0], splits[1], mean=MEAN, std=STD, meta=splits[2], image_size=SIDE)
+    splits = {
+        name: Split(images_below(root, part.paths, name, file, [FOLDER]), torch.from_numpy(part.labels))
+        for name, part, file in (
+            ("train", train, "noisy_train_key_list.txt"),
+            ("test", test, "clean_test_key_list.txt"),
+            ("meta", meta, "clean_val_key_list.txt"),
+        )
+    }
+    return Source(
+        "clothing1m", classes, splits["train"], splits["test"], mean=MEAN, std=STD, meta=splits["meta"], image_size=SIDE
+    )
 
 
 def _labels(root: Path, name: str) -> Listed:

@@ -9,7 +9,7 @@ import torch
 from fastadvisor.config import DataConfig
 from fastadvisor.data.paths import PathTable
 from fastadvisor.data.readers.imagefolder import MEAN, STD
-from fastadvisor.data.readers.lists import images_below, read_names, root_of
+from fastadvisor.data.readers.lists import images_below, read_class_names, read_names, root_of
 from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -28,7 +28,7 @@ def read(config: DataConfig) -> Source:
         UserError: a list is missing or cannot be read, or names a class that is not in ``meta/classes.txt``.
     """
     root = root_of(config, "meta/classes.txt, meta/imagelist.tsv, meta/verified_train.tsv and images/")
-    classes = [name for name in read_names(_list(root, "classes.txt")) if name != "class_name"]
+    classes = [name for name in read_class_names(_list(root, "classes.txt")) if name != "class_name"]
     keys = read_names(_list(root, "imagelist.tsv"))[1:]
     verified = {part: _right(_list(root, f"verified_{part}.tsv")) for part in ("train", "val")}
     held_out = set(verified["train"])
@@ -41,17 +41,17 @@ def read(config: DataConfig) -> Source:
             stacklevel=3,
         )
         held_out |= set(verified["val"])
-        test = _split(root, "meta/verified_val.tsv", verified["val"], classes)
+        test = _split(root, "test", "meta/verified_val.tsv", verified["val"], classes)
     else:
-        test = _split(clean, "meta/test.txt", [f"{key}.jpg" for key in read_names(clean / "meta/test.txt")], classes)
+        test = _split(clean, "test", "meta/test.txt", [f"{key}.jpg" for key in read_names(clean / "meta/test.txt")], classes)
     return Source(
         "food101n",
         classes,
-        _split(root, "meta/imagelist.tsv", [key for key in keys if key not in held_out], classes),
+        _split(root, "train", "meta/imagelist.tsv", [key for key in keys if key not in held_out], classes),
         test,
         mean=MEAN,
         std=STD,
-        meta=_split(root, "meta/verified_train.tsv", verified["train"], classes),
+        meta=_split(root, "meta", "meta/verified_train.tsv", verified["train"], classes),
         image_size=SIDE,
     )
 
@@ -75,7 +75,7 @@ def _right(path: Path) -> list[str]:
     return keys
 
 
-def _split(root: Path, file: str, keys: list[str], classes: list[str]) -> Split:
+def _split(root: Path, part: str, file: str, keys: list[str], classes: list[str]) -> Split:
     """Return the images of ``keys``, what is left of the list ``file`` in ``root``."""
     if not keys:
         raise UserError(f"{root / file} leaves no images to use: fetch the data set again.")
@@ -86,4 +86,4 @@ def _split(root: Path, file: str, keys: list[str], classes: list[str]) -> Split:
         raise UserError(
             f"The image {keys[int(unknown[0])]} is of a class that is not in meta/classes.txt: correct one of them."
         )
-    return Split(images_below(root, PathTable.of(keys), ["images"]), torch.from_numpy(labels))
+    return Split(images_below(root, PathTable.of(keys), part, root / file, ["images"]), torch.from_numpy(labels))

@@ -2,7 +2,7 @@
 
 import os
 import re
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +10,19 @@ import numpy as np
 import torch
 
 from fastadvisor.config import DataConfig
+from fastadvisor.data.class_labels import class_numbers
+from fastadvisor.data.images import FileImages
 from fastadvisor.data.paths import Ints, PathTable
 from fastadvisor.data.readers.imagefolder import MEAN, STD
-from fastadvisor.data.readers.lists import images_below, number_of_classes, read_csv, read_list, read_names
+from fastadvisor.data.readers.lists import images_below, number_of_classes, read_class_names, read_csv, read_list
 from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
 
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "train": ("train.txt", "train.csv"),
     "meta": ("meta.txt", "meta.csv"),
-    "test": ("test.txt", "test.csv", "val.txt", "val.csv"),
+    "test": ("test.txt", "test.csv"),
+    "val": ("val.txt", "val.csv"),
 }
 """Where in the root each list is looked for."""
 
@@ -31,55 +34,74 @@ class _Part(NamedTuple):
     file: Path
     paths: PathTable
     labels: Ints
-    names: list[str] | None
-    """What the labels are indices into; None where they are class numbers."""
+    """Indices into ``names``."""
+    names: list[str]
+    """The different labels, as they are written."""
 
 
 def read(config: DataConfig) -> Source:
-    """Read the lists of ``config``; paths in them are relative to ``config.data_root``, without one to the list's folder.
+    """Read the lists of ``config``; paths in them are relative to ``config.data_root``, without one to the list's folder, or to
+    the folder of their own part in it.
 
     Classes are numbers, named by the lines of ROOT/classes.txt if there is one, or, in a CSV, names, in alphabetical order.
+    Where there are both test and val images, val is for choosing the best checkpoint.
 
     Raises:
         UserError: a list is missing or cannot be read, there are no test images, or labels are numbers here and names there.
     """
     if config.data_root is None and config.train_list is None:
         raise UserError(f"list needs --train-list FILE, {HOW}, or --data-root DIR with a train.txt or train.csv in it.")
-    root = Path(os.path.expanduser(config.data_root or os.path.dirname(os.path.expanduser(config.train_list or ""))) or ".")
-    files = {part: _find(root, part, getattr(config, f"{part}_list")) for part in ("train", "meta", "test")}
+    root = Path(config.data_root or os.path.dirname(config.train_list or "") or ".")
+    named = {"train": config.train_list, "meta": config.meta_list, "test": config.test_list, "val": None}
+    files = {part: _find(root, part, name) for part, name in named.items()}
     if files["train"] is None:
         raise UserError(f"There is no train.txt or train.csv in {root}: name the list with --train-list, {HOW}.")
     parts = _parts(files["train"], "train")
-    for part in ("meta", "test"):
+    for part in ("meta", "test", "val"):
         file = files[part]
         if file is not None:
             parts[part] = _parts(file, part)[part]
+    folders = {part: part for part in parts}
+    if "test" not in parts and "val" in parts:
+        parts["test"], folders["test"] = parts.pop("val"), "val"
     if "test" not in parts:
         raise UserError(
             f"There are no test images: add a column split to {files['train']}, put a test.txt or val.txt beside it, or name "
             "a list with --test-list."
         )
-    classes = _classes(root, parts)
-    splits = {name: _split(root, part, classes) for name, part in parts.items()}
-    return Source("list", classes, splits["train"], splits["test"], mean=MEAN, std=STD, meta=splits.get("meta"))
+    classes, numbers, notes = _classes(root, parts)
+    splits = {
+        name: Split(images_below(root, part.paths, folders[name], part.file), torch.from_numpy(numbers[name]))
+        for name, part in parts.items()
+    }
+    train, test, meta, val = (splits.get(part) for part in ("train", "test", "meta", "val"))
+    assert train is not None
+    assert test is not None
+    return Source("list", classes, train, test, mean=MEAN, std=STD, meta=meta, val=val, notes=notes)
 
 
-def read_meta(config: DataConfig, classes: list[str]) -> Split:
-    """Read ``config.meta_list`` as the meta-set of any data set of files; paths as in the data set's own root.
+def with_meta_list(source: Source, config: DataConfig) -> Source:
+    """Return ``source`` with the images of ``config.meta_list`` as its meta-set; paths are relative to the data set's root, to
+    meta/ in it, or to the folder of the training images.
 
     Raises:
-        UserError: it cannot be read, or names a class that is not among ``classes``.
+        UserError: it cannot be read, or names a class that is not the data set's.
     """
-    root = Path(os.path.expanduser(config.data_root or "."))
+    root = Path(config.data_root or ".")
     file = _find(root, "meta", config.meta_list)
     assert file is not None
-    return _split(root, _parts(file, "meta")["meta"], classes)
+    part = _parts(file, "meta")["meta"]
+    train = source.train.images
+    folders = [train.root.absolute()] if isinstance(train, FileImages) else []
+    numbers, note = class_numbers(part.names, source.classes, file)
+    meta = Split(images_below(root, part.paths, "meta", file, folders), torch.from_numpy(numbers[part.labels]))
+    return replace(source, meta=meta, meta_drawn=False, notes=(*source.notes, *([note] if note else [])))
 
 
 def _find(root: Path, part: str, named: str | None) -> Path | None:
     """Return the list of ``part``: the one that is named, from here or from the root, or one by its usual name."""
     if named is not None:
-        for path in (Path(os.path.expanduser(named)), root / named):
+        for path in (Path(named), root / named):
             if path.is_file():
                 return path
         raise UserError(f"There is no list {named}: check --{part}-list.")
@@ -89,52 +111,55 @@ def _find(root: Path, part: str, named: str | None) -> Path | None:
 def _parts(file: Path, wanted: str) -> dict[str, _Part]:
     """Return the parts that a column split in ``file`` tells apart, ``wanted`` among them; without one, all as ``wanted``."""
     if file.suffix.lower() != ".csv":
-        return {wanted: _Part(file, *read_list(file), None)}
+        paths, labels = read_list(file)
+        numbers, indices = np.unique(labels, return_inverse=True)
+        return {wanted: _Part(file, paths, indices.reshape(-1), [str(number) for number in numbers.tolist()])}
     table = read_csv(file)
     if not table.parts:
-        return {wanted: _numbered(_Part(file, table.paths, table.labels, table.names))}
+        return {wanted: _Part(file, table.paths, table.labels, table.names)}
     parts = {}
-    for number, split in enumerate(table.parts):
+    for number, name in enumerate(table.parts):
         rows = np.flatnonzero(table.splits == number)
-        name = "test" if split == "val" and "test" not in table.parts else split
-        if name == "val":
-            warnings.warn(f"{file} has both val and test: its val images are not used.", UserWarning, stacklevel=4)
-        else:
-            parts[name] = _numbered(_Part(file, table.paths.select(rows), table.labels[rows], table.names))
+        used, indices = np.unique(table.labels[rows], return_inverse=True)
+        names = [table.names[label] for label in used.tolist()]
+        parts[name] = _Part(file, table.paths.select(rows), indices.reshape(-1), names)
+    if wanted == "test" and "test" not in parts and "val" in parts:
+        parts["test"] = parts["val"]
     if wanted not in parts:
         raise UserError(f"The column split of {file} holds no {wanted}: mark its images with it, or drop the column.")
     return parts
 
 
-def _numbered(part: _Part) -> _Part:
-    """Return ``part`` with class numbers where its labels are written as such."""
-    assert part.names is not None
-    others = [name for name in part.names if not (name.isdecimal() and len(name) < 10)]
-    if others:
-        if all(NUMBER.fullmatch(name) for name in part.names):  # as names, -1 and 1.0 would train without a word
-            raise UserError(f"{part.file} has the label {others[0]!r}, and class numbers are 0, 1, 2, ...: correct it.")
-        return part
-    return part._replace(labels=np.array([int(name) for name in part.names], dtype=np.int64)[part.labels], names=None)
-
-
-def _classes(root: Path, parts: dict[str, _Part]) -> list[str]:
-    given = read_names(root / "classes.txt") if (root / "classes.txt").is_file() else []
-    named = [part for part in parts.values() if part.names is not None]
-    if given or not named:
-        count = number_of_classes((part.labels for part in parts.values() if part.names is None), given)
-        return given or [str(number) for number in range(count)]
+def _classes(root: Path, parts: dict[str, _Part]) -> tuple[list[str], dict[str, Ints], tuple[str, ...]]:
+    """Return the classes, the class of each image by part, and what the user is to be told."""
+    given = read_class_names(root / "classes.txt") if (root / "classes.txt").is_file() else []
     for part in parts.values():
-        if part.names is None:
-            raise UserError(f"The labels of {part.file} are numbers and those of {named[0].file} names: write them alike.")
-    return sorted({part.names[label] for part in named if part.names is not None for label in np.unique(part.labels)})
+        others = [name for name in part.names if not _is_number(name)]
+        # As names, -1 and 1.0 would train without a word.
+        if others and all(NUMBER.fullmatch(name) for name in part.names) and not set(part.names) <= set(given):
+            raise UserError(f"{part.file} has the label {others[0]!r}, and class numbers are 0, 1, 2, ...: correct it.")
+    names = sorted({name for part in parts.values() for name in part.names})
+    if given:
+        where = " and ".join(dict.fromkeys(str(part.file) for part in parts.values()))
+        files = {name: part.file for part in parts.values() for name in part.names}
+        numbers, note = class_numbers(names, given, where, lambda label: f" of {files[label]}")
+        of_name = dict(zip(names, numbers.tolist(), strict=True))
+        classes, notes = given, (note,) if note else ()
+    elif all(_is_number(name) for name in names):
+        of_name, notes = {name: int(name) for name in names}, ()
+        counted = (np.array([of_name[name] for name in part.names], dtype=np.int64)[part.labels] for part in parts.values())
+        classes = [str(number) for number in range(number_of_classes(counted))]
+    else:
+        by_number = [part for part in parts.values() if all(_is_number(name) for name in part.names)]
+        if by_number:
+            by_name = next(part for part in parts.values() if not all(_is_number(name) for name in part.names))
+            raise UserError(
+                f"The labels of {by_number[0].file} are numbers and those of {by_name.file} names: write them alike."
+            )
+        of_name, classes, notes = {name: number for number, name in enumerate(names)}, names, ()
+    found = {key: np.array([of_name[name] for name in part.names], dtype=np.int64)[part.labels] for key, part in parts.items()}
+    return classes, found, notes
 
 
-def _split(root: Path, part: _Part, classes: list[str]) -> Split:
-    labels = part.labels
-    if part.names is not None:
-        numbers = {name: number for number, name in enumerate(classes)}
-        unknown = [part.names[label] for label in np.unique(labels) if part.names[label] not in numbers]
-        if unknown:
-            raise UserError(f"{part.file} has the label {unknown[0]!r}, which is no class of the data set: correct it.")
-        labels = np.array([numbers.get(name, -1) for name in part.names], dtype=np.int64)[labels]
-    return Split(images_below(root, part.paths), torch.from_numpy(labels))
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) < 10

@@ -26,6 +26,14 @@ PARTS = {"train": "train", "training": "train", "meta": "meta", "test": "test"} 
 )
 """What the column split of a CSV may hold."""
 
+FOLDERS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation"),
+    "meta": ("meta",),
+}
+"""What the folder of a part is called."""
+
 
 class Listed(NamedTuple):
     """Paths and labels of a list, (N,) each."""
@@ -52,7 +60,7 @@ def root_of(config: DataConfig, holds: str) -> Path:
     """Return ``config.data_root``; a UserError that says it should hold ``holds`` where there is none."""
     if config.data_root is None:
         raise UserError(f"{config.dataset} needs --data-root DIR, the folder that holds {holds}.")
-    root = Path(os.path.expanduser(config.data_root))
+    root = Path(config.data_root)
     if not root.is_dir():
         raise UserError(f"There is no folder {root}: --data-root must hold {holds}.")
     return root
@@ -72,24 +80,60 @@ def find_file(root: Path, *names: str) -> Path:
     raise UserError(f"There is no {' or '.join(names)} in {root} or a folder right beneath it: check --data-root.")
 
 
-def images_below(root: Path, paths: PathTable, folders: Sequence[str] = ()) -> FileImages:
-    """Return the images of ``paths``, which are relative to ``root``, to one of ``folders`` in it, or to any beneath it.
+def images_below(
+    root: Path,
+    paths: PathTable,
+    part: str,
+    listed: object,
+    folders: Sequence[Path | str] = (),
+    *,
+    anywhere: bool = False,
+) -> FileImages:
+    """Return the images of ``paths``, which are relative to ``root``, or to the folder of their own part in it.
 
-    Five of them are looked for; nothing is opened.
+    Five of them are looked for; nothing is opened. The folder of another part is never looked in: images of one name may lie
+    in all of them.
+
+    Args:
+        root: of the data set.
+        paths: (N,)
+        part: train, meta, test or val.
+        listed: what to call the list in messages.
+        folders: further places that the data set's layout has for this part, in ``root`` or elsewhere.
+        anywhere: whether the images may lie in any other folder right beneath ``root``, too.
 
     Raises:
-        UserError: none of the five is anywhere.
+        UserError: none of the five is in any place, or some in two places.
     """
-    tried = [root, *(root / name for name in folders if (root / name).is_dir())]
-    tried += [folder for folder in _folders(root) if folder not in tried]
+    own = [name for name in FOLDERS[part] if (root / name).is_dir()]
+    if part == "test" and not own:  # the only images to test on are called so
+        own = [name for name in FOLDERS["val"] if (root / name).is_dir()]
+    tried = [root, *(root / name for name in own), *(root / name for name in folders if (root / name).is_dir())]
+    others = {name for names in FOLDERS.values() for name in names}
+    if anywhere:
+        tried += [folder for folder in _folders(root) if folder.name.lower() not in others]
     some = [paths[row] for row in np.linspace(0, len(paths) - 1, PROBED, dtype=np.int64).tolist()]
-    for folder in tried:
-        if any(os.path.exists(os.path.join(folder, path)) for path in some):
-            return FileImages(folder, paths)
-    raise UserError(
-        f"The image {some[0]} is neither in {root} nor in a folder right beneath it: "
-        "name the folder that the list's paths are relative to with --data-root."
-    )
+    found: list[Path] = []
+    for folder in dict.fromkeys(tried):
+        there = next((path for path in some if os.path.exists(os.path.join(folder, path))), None)
+        if there is not None and not any(_same(one / there, folder / there) for one in found):
+            found.append(folder)
+    if not found:
+        places = " nor in ".join(str(folder) for folder in dict.fromkeys(tried))
+        raise UserError(
+            f"The image {some[0]} of {listed} is {'neither' if len(tried) > 1 else 'not'} in {places}: "
+            f"write the paths relative to {root}, or name the folder that they are relative to with --data-root."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"The images of {listed} are in {found[0]} and in {found[1]}, and which are meant is not to be guessed: "
+            f"write their paths relative to {root}, as in {os.path.relpath(found[1] / some[0], root)}."
+        )
+    return FileImages(found[0], paths)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.exists(one) and os.path.samefile(one, other)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -224,11 +268,29 @@ def read_names(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read as text.
     """
+    return [name for _, name in _numbered_lines(path)]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Return the names of the classes, a line each, in the order of their numbers.
+
+    Raises:
+        UserError: it cannot be read as text, or two classes have one name.
+    """
+    lines: dict[str, int] = {}
+    for number, name in _numbered_lines(path):
+        if name in lines:
+            raise UserError(f"{path} calls two classes {name!r}, in line {lines[name]} and line {number}: rename one of them.")
+        lines[name] = number
+    return list(lines)
+
+
+def _numbered_lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}).") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
 
 
 def number_of_classes(parts: Iterable[Ints], names: Sequence[str] = ()) -> int:

@@ -22,8 +22,12 @@ def read(config: DataConfig) -> Source:
     """
     lists = LISTS[config.dataset]
     root = root_of(config, f"{lists}_train.txt, {lists}_val.txt, {lists}_test.txt and the images")
-    listed = {part: read_list(find_file(root, f"{lists}_{part}.txt")) for part in ("train", "val", "test")}
-    splits = {part: Split(images_below(root, paths), torch.from_numpy(labels)) for part, (paths, labels) in listed.items()}
+    files = {part: find_file(root, f"{lists}_{part}.txt") for part in ("train", "val", "test")}
+    listed = {part: read_list(file) for part, file in files.items()}
+    splits = {
+        part: Split(images_below(root, paths, part, files[part], anywhere=True), torch.from_numpy(labels))
+        for part, (paths, labels) in listed.items()
+    }
     return Source(
         config.dataset,
         _class_names(listed["train"], number_of_classes(labels for _, labels in listed.values())),

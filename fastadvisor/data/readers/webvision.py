@@ -12,6 +12,7 @@ from fastadvisor.data.types import Source, Split
 from fastadvisor.errors import UserError
 
 SIDE = 224
+TRAIN, VAL = "train_filelist_google.txt", "val_filelist.txt"
 MINI = 50
 """Classes of the variant mini, the first ones."""
 
@@ -26,7 +27,7 @@ def read(config: DataConfig) -> Source:
         UserError: a list is missing or cannot be read, or its images are nowhere in the root.
     """
     root = root_of(config, "info/train_filelist_google.txt, info/val_filelist.txt and the images")
-    train, test = (read_list(find_file(root, name)) for name in ("train_filelist_google.txt", "val_filelist.txt"))
+    train, test = (read_list(find_file(root, name)) for name in (TRAIN, VAL))
     names = _class_names(root_file) if (root_file := root / "info" / "synsets.txt").is_file() else []
     count = number_of_classes((train.labels, test.labels), names)
     if config.variant == "mini":
@@ -36,8 +37,8 @@ def read(config: DataConfig) -> Source:
     return Source(
         "webvision",
         classes,
-        Split(images_below(root, train.paths, ["train"]), torch.from_numpy(train.labels)),
-        Split(images_below(root, test.paths, ["val_images_256", "val_images", "val"]), torch.from_numpy(test.labels)),
+        Split(images_below(root, train.paths, "train", TRAIN), torch.from_numpy(train.labels)),
+        Split(images_below(root, test.paths, "val", VAL, ["val_images_256", "val_images"]), torch.from_numpy(test.labels)),
         mean=MEAN,
         std=STD,
         image_size=SIDE,

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fastadvisor.config import Config
-from fastadvisor.data import build_test_loader, load_source, prepare
+from fastadvisor.data import TrainingData, build_test_loader
 from fastadvisor.errors import UserError, cannot_write, nearest
-from fastadvisor.evaluation import check_classes, run_config
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint as checkpoints
+from fastadvisor.runtime import memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.run_folder import write_text
+from fastadvisor.saved_run import SavedRun
 
 FORMATS = {"state-dict": "classifier.pt", "torch-export": "classifier.pt2", "onnx": "classifier.onnx"}
 """What there is, and the files' names."""
@@ -35,9 +36,9 @@ Network = Callable[[Tensor], Tensor]
 
 
 def export_run(
-    run: Path,
+    run: str | os.PathLike[str],
     *,
-    output: Path | None = None,
+    output: str | os.PathLike[str] | None = None,
     formats: Sequence[str] = tuple(FORMATS),
     checkpoint: str = "model",
     data_root: str | None = None,
@@ -61,18 +62,13 @@ def export_run(
             not left behind).
     """
     check_formats(formats)
-    config = run_config(run)
-    path = run / f"{checkpoint}.pt"
-    if not path.is_file():
-        raise UserError(f"{run} holds no {checkpoint}.pt; let the run finish (train --resume --output {run}).")
-    if data_root is not None:
-        config.data_root = data_root
-    config.pretrained, config.weights = False, None  # the weights come from the checkpoint
-    folder = run / "export" if output is None else output
-    real, size, classes, normalisation = _images(config, run, images)
-    model = build_model(config, len(classes), (size, size)).model
-    checkpoints.load_model_state(model, checkpoints.classifier(path), path)
-    model.eval()
+    saved = SavedRun.open(run, checkpoint, data_root)
+    config, folder = saved.config, saved.folder / "export" if output is None else Path(output).expanduser()
+    data = saved.data()
+    real, size = _images(config, data, images)
+    classes = data.classes
+    normalisation = {"mean": list(data.mean), "std": list(data.std)}
+    model = saved.model(len(classes), size).model
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,6 +82,7 @@ def export_run(
         "output": {"name": "logits", "shape": ["batch", len(classes)], "dtype": "float32"},
         "compared_on": len(real),
         "files": found,
+        "notes": list(data.notes),
         "versions": environment(),
     }
     write_text(folder / "export.json", json.dumps(about, indent=2) + "\n")
@@ -107,14 +104,16 @@ def check_formats(formats: Sequence[str]) -> None:
         )
 
 
-def _images(config: Config, run: Path, count: int) -> tuple[Tensor, int, list[str], dict[str, Any]]:
-    data = prepare(load_source(config), config, config.seed)
-    check_classes(run, data.classes)
+def _images(config: Config, data: TrainingData, count: int) -> tuple[Tensor, int]:
+    """Return normalised test images (at most ``count``, 3, S, S), and S."""
     config.eval_batch_size = count
-    test, size = build_test_loader(config, data, torch.device("cpu"))
-    with closing(test):
-        batch = next(iter(test))
-    return batch.images, size, list(data.classes), {"mean": list(data.mean), "std": list(data.std)}
+    device = torch.device("cpu")
+    test, size = build_test_loader(config, data, device)
+    with memory.enough(device), closing(test):
+        batch = next(iter(test), None)
+    if batch is None:
+        raise UserError("None of the test images can be read: replace them, or name other data with --data-root.")
+    return batch.images, size
 
 
 def _export(name: str, path: Path, model: nn.Module, config: Config, classes: int, real: Tensor) -> dict[str, Any]:
