@@ -36,13 +36,15 @@ class Checked:
     """Those of ``left_out`` that computed a wrong meta-gradient."""
 
 
-def correctness(names: Sequence[str], model: str, device: torch.device, batch: int = 16) -> Checked:
+def correctness(
+    names: Sequence[str], model: str, device: torch.device, batch: int = 16, *, channels_last: bool = False
+) -> Checked:
     """Check the contenders ``names`` on a batch of ``batch`` images and as many of the meta-set.
 
     Raises:
         SystemExit: the exact engine is off.
     """
-    setting = Setting(model, device, dtype=torch.float64)
+    setting = Setting(model, device, dtype=torch.float64, channels_last=channels_last)
     expected = first_gradient(CONTENDERS[REFERENCE], setting, batch)
     if expected is None:
         raise SystemExit("Double backward gives no meta-gradient: nothing can be checked, so nothing is timed.")
@@ -83,7 +85,7 @@ def judge(name: str, checked: Checked) -> None:
 def first_gradient(contender: Contender, setting: Setting, batch: int) -> Tensor | None:
     """Run the first iteration from a fixed random state; return its meta-gradient, flat, or None if it took no meta step."""
     iteration = contender.build(setting)
-    train, meta = batches(batch, setting.device, setting.dtype)
+    train, meta = batches(batch, setting.device, setting.dtype, setting.memory_format)
     torch.manual_seed(1)
     iterate(contender, iteration, train, meta)
     assert iteration.method.advisor is not None

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.peers import Higher, Textbook, TorchOpt
-from fastadvisor.config import MetaConfig, MethodConfig, ModelConfig
+from fastadvisor.config import MetaConfig, MethodConfig, ModelConfig, OptimizerConfig
 from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import Engine, ForwardEngine, ReferenceEngine, build_engine, meta_schedule
 from fastadvisor.methods import METHODS, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model
+from fastadvisor.optimizers import build_optimizer, parameter_groups
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step, StepResult
 
@@ -48,6 +49,12 @@ class Setting:
     device: torch.device
     amp: bool = False
     dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def execution(self) -> Execution:
         """Return how passes are run."""
@@ -89,12 +96,13 @@ class Parts:
         """Build them."""
         torch.manual_seed(0)
         model = build_model(ModelConfig(setting.model), CLASSES, (SIDE, SIDE)).to(setting.device, setting.dtype)
+        model.to(memory_format=setting.memory_format)
         method = build_method(MethodConfig(method=method_name), model.head.in_features, CLASSES)
         advisor_optimizer = None
         if method.advisor is not None:
             method.advisor.to(setting.device, setting.dtype)
             advisor_optimizer = torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        optimizer = build_optimizer(OptimizerConfig(), parameter_groups(model, 1.0, OptimizerConfig.lr))  # as a run takes it
         return cls(model, method, optimizer, advisor_optimizer, setting.execution())
 
     def step(self, engine: Engine) -> Step:
@@ -223,14 +231,20 @@ def incompatible(error: Exception) -> str:
     return f"does not work with torch {torch.__version__} ({' '.join(f'{type(error).__name__}: {error}'.split())[:200]})"
 
 
-def batches(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Batch, Batch]:
+def batches(
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> tuple[Batch, Batch]:
     """Return a train and a meta batch of ``size`` random images (3, 32, 32)."""
     generator = torch.Generator().manual_seed(0)
 
     def one() -> Batch:
         images = torch.randn(size, 3, SIDE, SIDE, generator=generator, dtype=dtype)
         labels = torch.randint(CLASSES, (size,), generator=generator)
-        return Batch(images.to(device), labels.to(device), torch.arange(size, device=device))
+        images = images.to(device, memory_format=memory_format)
+        return Batch(images, labels.to(device), torch.arange(size, device=device))
 
     return one(), one()
 

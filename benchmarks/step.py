@@ -26,6 +26,8 @@ from benchmarks.tables import about, command, publish, report, suffixes_of
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 
+GPU_CYCLES = 20
+
 
 @dataclass
 class Cycle:
@@ -50,6 +52,9 @@ class Plan:
     """None: no memory."""
     only: str | None = None
     check_batch_size: int = 16
+    channels_last: bool = False
+    cycles: int = 1
+    """How often a contender's iterations are repeated before the clock is read: on a GPU one of them is too short for it."""
 
 
 def interleaved(cycles: Mapping[str, Cycle], rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -83,17 +88,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_cycle(name: str, setting: Setting, batch_size: int) -> Cycle:
+def make_cycle(name: str, setting: Setting, plan: Plan) -> Cycle:
     """Build the contender ``name`` and its batches."""
     contender = CONTENDERS[name]
     iteration = contender.build(setting)
-    train, meta = batches(batch_size, setting.device)
-    return Cycle(partial(iterate, contender, iteration, train, meta), contender.iterations_per_cycle)
+    train, meta = batches(plan.batch_size, setting.device, memory_format=setting.memory_format)
+    return Cycle(partial(iterate, contender, iteration, train, meta), plan.cycles * contender.iterations_per_cycle)
 
 
 def timings(names: Sequence[str], setting: Setting, plan: Plan, suffix: str) -> dict[str, Any]:
     """Time ``names``; return median and quartiles by key, None for the contenders that are not among ``names``."""
-    cycles = {name: make_cycle(name, setting, plan.batch_size) for name in names}
+    cycles = {name: make_cycle(name, setting, plan) for name in names}
     times = interleaved(cycles, plan.rounds, setting.device)
     result: dict[str, Any] = {}
     for name in CONTENDERS:
@@ -127,8 +132,9 @@ def memory(names: Sequence[str], setting: Setting, batch_size: int | None, left_
 
 def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
     """Check, measure memory, then time every contender; raises SystemExit if the exact engine is off."""
-    checked = checks.correctness(chosen(plan.only), plan.model, device, plan.check_batch_size)
-    left_out, settings = dict(checked.left_out), [Setting(plan.model, device, amp) for amp in plan.amps]
+    names, last = chosen(plan.only), plan.channels_last
+    checked = checks.correctness(names, plan.model, device, plan.check_batch_size, channels_last=last)
+    left_out, settings = dict(checked.left_out), [Setting(plan.model, device, amp, channels_last=last) for amp in plan.amps]
     result = memory(checked.green, settings[0], plan.memory_batch_size, left_out)
     if plan.keep_memory and device.type == "cpu":
         keep_freed_memory()  # as a training run does
@@ -151,6 +157,8 @@ def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
         "precisions": precisions,
         "device": device.type,
         "keep_memory": plan.keep_memory,
+        "channels_last": plan.channels_last,
+        "iterations_a_cycle": plan.cycles,
         "environment": about(),
     }
 
@@ -162,6 +170,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast only, or float32 only")
+    parser.add_argument("--channels-last", action="store_true", help="images and weights in NHWC")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--no-keep-memory", action="store_true", help="CPU: let the C library return freed memory")
     parser.add_argument("--no-memory", action="store_true", help="no peak memory")
@@ -188,6 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         keep_memory=not options.no_keep_memory,
         memory_batch_size=None if options.no_memory else options.memory_batch_size,
         only=options.only,
+        channels_last=options.channels_last,
+        cycles=GPU_CYCLES if device.type == "cuda" else 1,
     )
     result = {**measure(plan, device), "command": command(arguments)}
     text = report(result)

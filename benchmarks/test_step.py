@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.checks import Checked, correctness
 from benchmarks.contenders import CONTENDERS, CORE, Setting
-from benchmarks.step import make_cycle, synchronize
+from benchmarks.step import Plan, make_cycle, synchronize
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 
@@ -38,7 +38,7 @@ def test_step(name: str, model: str, batch_size: int, rounds: int, benchmark: An
     if name in check.left_out:
         pytest.skip(f"{name}: {check.left_out[name]}")
     device = pick_device("auto")
-    cycle = make_cycle(name, Setting(model, device), batch_size)
+    cycle = make_cycle(name, Setting(model, device), Plan(batch_size=batch_size))
 
     def run() -> None:
         cycle.run()

@@ -6,7 +6,7 @@ from fastadvisor.config import Config
 from fastadvisor.metagrad import Engine, ForwardEngine, build_engine, meta_schedule
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
-from fastadvisor.optimizers import build_optimizer, parameter_groups
+from fastadvisor.optimizers import TORCH, build_optimizer, parameter_groups
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step
 from fastadvisor.watch import Watch
@@ -25,12 +25,13 @@ def build_step(
         image_shape: (height, width) of the images, to try where the model can be cut.
     """
     schedule = meta_schedule(config, type(method))
-    watch = Watch(config.nan_policy == "skip", gradients=execution.scaler is None, ranks=execution.ranks)
+    deferred = defers(config, execution)
+    watch = Watch(config.nan_policy == "skip", gradients=execution.scaler is None, ranks=execution.ranks, deferred=deferred)
     return Step(
         model,
         method,
         build_optimizer(config, parameter_groups(model, config.layer_decay, config.lr)),
-        _advisor_optimizer(config, method),
+        _advisor_optimizer(config, method, fused=deferred),
         _engine(config, model, method, execution, image_shape),
         execution,
         virtual_with_optimizer=config.virtual_step == "optimizer",
@@ -44,6 +45,14 @@ def build_step(
     )
 
 
+def defers(config: Config, execution: Execution) -> bool:
+    """Whether the watch may leave it to the device to keep bad numbers from the weights: on a GPU, where waiting costs
+    something, with optimizers that heed its flag, and where nothing but the weights has to be put back.
+    """
+    fused = config.optimizer in TORCH
+    return config.nan_policy == "stop" and execution.device.type == "cuda" and fused and execution.scaler is None
+
+
 def _engine(
     config: Config, model: SplitClassifier, method: Method, execution: Execution, image_shape: tuple[int, int]
 ) -> Engine:
@@ -52,7 +61,7 @@ def _engine(
     return build_engine(config, model, image_shape, execution)
 
 
-def _advisor_optimizer(config: Config, method: Method) -> torch.optim.Optimizer | None:
+def _advisor_optimizer(config: Config, method: Method, *, fused: bool) -> torch.optim.Optimizer | None:
     if method.advisor is None:
         return None
     lr, decay = config.advisor_lr, config.advisor_weight_decay
@@ -60,4 +69,5 @@ def _advisor_optimizer(config: Config, method: Method) -> torch.optim.Optimizer 
         method.advisor.parameters(),
         lr=method.advisor_lr if lr is None else lr,
         weight_decay=method.advisor_weight_decay if decay is None else decay,
+        fused=fused or None,
     )

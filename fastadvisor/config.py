@@ -231,6 +231,8 @@ class RunConfig:
     """Mixed precision: forward passes of the classifier by autocast; losses, advisor and statistics stay in float32."""
     amp_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     """--amp: auto: bfloat16, or float16 with a scaled loss on GPUs without it."""
+    memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
+    """Images and weights in memory as NCHW or NHWC; auto: channels-last with --amp on a GPU, whose convolutions want it."""
     tf32: bool = False
     """Float32 matrix products in TF32, on GPUs that have it (convolutions are anyway, which is torch's default)."""
     output: str | None = None

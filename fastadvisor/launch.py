@@ -20,7 +20,7 @@ from fastadvisor.models import check_model
 from fastadvisor.optimizers import check_optimizer
 from fastadvisor.rehearsal import DryRun
 from fastadvisor.runtime import allocator, checkpoint, console, memory
-from fastadvisor.runtime.precision import check_kernels, pick_device
+from fastadvisor.runtime.precision import check_kernels, pick_device, tuned_convolutions
 from fastadvisor.runtime.provenance import fingerprint, provenance
 from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
@@ -64,7 +64,8 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult | 
         if config.keep_memory and device.type == "cpu":
             allocator.keep_freed_memory()
         try:
-            result = _train(restarted(config, ranks), source, device, ranks)
+            with tuned_convolutions(device, deterministic=config.deterministic):
+                result = _train(restarted(config, ranks), source, device, ranks)
         except Interrupted:  # all of them
             ranks.leave()
             raise

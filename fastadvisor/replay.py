@@ -2,7 +2,6 @@
 which takes the step again and finds where they begin.
 """
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config, to_dict, validated
@@ -20,7 +20,7 @@ from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
-from fastadvisor.runtime.precision import amp_dtype, pick_device
+from fastadvisor.runtime.precision import amp_dtype, memory_format, pick_device
 from fastadvisor.runtime.random_state import CommonRandomness, RandomState
 from fastadvisor.runtime.share import Share
 from fastadvisor.step import Step
@@ -30,44 +30,91 @@ if TYPE_CHECKING:
     from fastadvisor.trainer import Trainer
 
 
-def before(trainer: "Trainer", *, with_meta_step: bool) -> dict[str, Any]:
-    """Return copies of what a step changes before it is known whether it is finite: little, for the weights come last."""
-    kept: dict[str, Any] = {
-        "random_before": RandomState.now(trainer.device).to_plain(),
-        "common_before": trainer.execution.common.state_dict(),
-    }
-    advisor, optimizer = trainer.method.advisor, trainer.step.advisor_optimizer
-    if with_meta_step and advisor is not None and optimizer is not None:
-        kept["advisor"] = copy.deepcopy(advisor.state_dict())
-        kept["advisor_optimizer"] = copy.deepcopy(optimizer.state_dict())
-    return kept
+class Snapshot:
+    """Tensors as they were: copied by a launch or two into tensors of the snapshot's own, which are made once."""
+
+    def __init__(self) -> None:
+        self._leaves: list[Any] = []
+        self._copies: list[Tensor] = []
+        self._shape: Any = None
+
+    @torch.no_grad()
+    def take(self, state: Any) -> None:
+        """Copy what ``state``, nested containers of tensors and plain values, holds now."""
+        self._leaves, self._shape = tree_flatten(state)
+        tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        if [(one.shape, one.dtype, one.device) for one in tensors] != [(c.shape, c.dtype, c.device) for c in self._copies]:
+            self._copies = [torch.empty_like(tensor) for tensor in tensors]
+        if tensors:
+            torch._foreach_copy_(self._copies, tensors)
+
+    def state(self) -> Any:
+        """Return what :meth:`take` was last given, as it was then."""
+        copies = iter(self._copies)
+        return tree_unflatten([next(copies) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves], self._shape)
 
 
-def record(
-    trainer: "Trainer", path: Path, kept: dict[str, Any], train: Batch, meta: Batch | None, name: str
-) -> tuple[str, str]:
-    """Write what is needed to take the step again: all ranks' batches, and the state before it. All ranks together.
+class Beginning:
+    """What an iteration began with: little, for the weights come last, and only if all is finite."""
 
-    Args:
-        trainer: after the step, whose weights it has not reached.
-        path: of ``replay.pt``.
-        kept: what :func:`before` returned.
-        train: this rank's batch.
-        meta: its meta batch, if there was one.
-        name: of the tensor that is not finite on this rank.
+    def __init__(self) -> None:
+        self.iteration = 0
+        self._advisor, self._advisor_optimizer = Snapshot(), Snapshot()
+        self._with_advisor = False
 
-    Returns:
-        The name of the tensor nearest to the cause on any rank, and some ids of that rank's batch.
-    """
-    ranks = trainer.ranks
-    batches = ranks.gather([None if part is None else [tensor.cpu() for tensor in part] for part in (train, meta)])
-    # A rank whose own values are bad spoils the others' gradients: it is the one to be named.
-    told = ranks.gather((name, train.ids[:8].tolist()))
-    name, some = ranks.share(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
-    state = {**trainer.state(), **kept, "batches": batches, "name": name, "config": to_dict(trainer.config)}
-    if ranks.first:
-        checkpoint.save(path, state)
-    return name, ", ".join(map(str, some)) + (", ..." if len(train.ids) > 8 else "")
+    def take(self, trainer: "Trainer", train: Batch, meta: Batch | None) -> None:
+        """Note what the next iteration of ``trainer`` begins with."""
+        self.iteration, self.train, self.meta = trainer.step.iteration + 1, train, meta
+        self.random, self.common = RandomState.now(trainer.device), trainer.execution.common.state_dict()
+        self.rates = [group["lr"] for group in trainer.step.optimizer.param_groups]
+        advisor, optimizer = trainer.method.advisor, trainer.step.advisor_optimizer
+        self._with_advisor = meta is not None and advisor is not None and optimizer is not None
+        if self._with_advisor and advisor is not None and optimizer is not None:
+            self._advisor.take(advisor.state_dict())
+            self._advisor_optimizer.take(optimizer.state_dict())
+
+    def changed(self) -> dict[str, Any]:
+        """Return the parts of a checkpoint that have moved on since."""
+        parts = {"iteration": self.iteration, "random_before": self.random.to_plain(), "common_before": self.common}
+        if self._with_advisor:
+            parts |= {"advisor": self._advisor.state(), "advisor_optimizer": self._advisor_optimizer.state()}
+        return parts
+
+
+class Recorder:
+    """The beginnings of the last two iterations: that one was bad may show an iteration later (:class:`Watch`)."""
+
+    def __init__(self) -> None:
+        self._beginnings = Beginning(), Beginning()
+
+    def begin(self, trainer: "Trainer", train: Batch, meta: Batch | None) -> None:
+        """Note what the next iteration begins with."""
+        self._beginnings[(trainer.step.iteration + 1) % 2].take(trainer, train, meta)
+
+    def write(self, trainer: "Trainer", path: Path, iteration: int, name: str) -> tuple[str, str]:
+        """Write what is needed to take an iteration again: all ranks' batches, and the state before it. All ranks together.
+
+        Args:
+            trainer: after the iteration, or the one after it; neither has reached the weights.
+            path: of ``replay.pt``.
+            iteration: its number.
+            name: of the tensor that is not finite on this rank.
+
+        Returns:
+            The name of the tensor nearest to the cause on any rank, and some ids of that rank's batch.
+        """
+        ranks, begun = trainer.ranks, self._beginnings[iteration % 2]
+        assert begun.iteration == iteration
+        batches = ranks.gather([None if part is None else [one.cpu() for one in part] for part in (begun.train, begun.meta)])
+        # A rank whose own values are bad spoils the others' gradients: it is the one to be named.
+        told = ranks.gather((name, begun.train.ids[:8].tolist()))
+        name, some = ranks.share(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
+        state = {**trainer.state(), **begun.changed()}
+        for group, rate in zip(state["optimizer"]["param_groups"], begun.rates, strict=True):
+            group["lr"] = rate
+        if ranks.first:
+            checkpoint.save(path, {**state, "batches": batches, "name": name, "config": to_dict(trainer.config)})
+        return name, ", ".join(map(str, some)) + (", ..." if len(begun.train.ids) > 8 else "")
 
 
 def replay(run: str | os.PathLike[str], *, device: str = "auto") -> dict[str, Any]:
@@ -107,7 +154,7 @@ def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Pa
     model = build_model(config, len(state["classes"]), shape)
     checkpoint.load_model_state(model.model, state["model"], path)
     method = build_method(config, model.head.in_features, len(state["classes"]))
-    model.to(device)
+    model.to(device).to(memory_format=memory_format(config.memory_format, device, amp=config.amp))
     if method.advisor is not None:
         method.advisor.to(device)
     step = build_step(config, model, method, execution, shape)

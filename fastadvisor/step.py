@@ -90,6 +90,8 @@ class Step:
             meta_loss = self.virtual_and_meta_train(shared, meta)
             loss, taken = self.actual_train(shared)
         self.execution.end_iteration()
+        if self.watch is not None:
+            self.watch.end_iteration(self.iteration)
         if not taken:  # the forward pass has moved the running statistics
             for buffer, before in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(before)
@@ -210,6 +212,8 @@ class Step:
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if not self._finite("the training loss", loss, self.advice, self._named_gradients):
             return loss, False
+        if self.watch is not None:
+            self.watch.guard(self.optimizer)
         if self.clip is not None:
             nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.clip)
         self.execution.step(self.optimizer)
@@ -221,6 +225,8 @@ class Step:
         named = {f"the meta-gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)}
         if not self._finite("the meta loss", loss, problem.advice, lambda: named):
             return None
+        if self.watch is not None:
+            self.watch.guard(self.advisor_optimizer)
         self.method.learn(gradients)
         if self.advisor_optimizer is not None:
             self.execution.step(self.advisor_optimizer)

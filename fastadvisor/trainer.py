@@ -5,7 +5,7 @@ import random
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fastadvisor import replay, reporting
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config
-from fastadvisor.data import Batch, EvaluationLoader, TrainingData, build_loaders
+from fastadvisor.data import Batch, EvaluationLoader, Loader, TrainingData, build_loaders
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.metagrad import ValidatedEngine
@@ -33,7 +33,7 @@ from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
 from fastadvisor.runtime.logger import TensorBoard
-from fastadvisor.runtime.precision import amp_dtype, use_tf32
+from fastadvisor.runtime.precision import amp_dtype, memory_format, use_tf32
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
@@ -75,7 +75,8 @@ class Trainer:
         self.model = build_model(config, len(data.classes), shape)
         if config.weights is not None:
             checkpoint.load_weights(self.model.model, config.weights)
-        self.model.to(device)
+        self.memory_format = memory_format(config.memory_format, device, amp=config.amp)
+        self.model.to(device).to(memory_format=self.memory_format)
         if config.sync_bn and ranks.count > 1:
             synchronise(self.model.model, ranks)
         self.method = build_method(config, self.model.head.in_features, len(data.classes))
@@ -96,6 +97,7 @@ class Trainer:
         self.progress = Progress(device)
         self.history: list[dict[str, Any]] = []
         self.collapse = Collapse()
+        self.recorder = replay.Recorder()
         self.interruption = Interruption()
         self.clock = SaveClock(self.interruption, config.save_minutes, config.save_every, ranks)
         self.folder: RunFolder | None = None
@@ -212,6 +214,7 @@ class Trainer:
                 self._save()
                 if wish is Wish.STOP:
                     raise self._interrupted()
+        self._settle()
         times = self.timer.collect()
         progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
         loss, meta_loss = progress.means(self.ranks)
@@ -259,17 +262,37 @@ class Trainer:
         """
         if self.folder is None or self.config.nan_policy != "stop":
             return self.step(train, meta)
-        before = replay.before(self, with_meta_step=meta is not None)
-        try:
+        self.recorder.begin(self, train, meta)
+        with self._stopping():
             return self.step(train, meta)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """End the run where the watch finds something inside the block, and leave what it takes to take that step again.
+
+        Raises:
+            UserError: it does.
+        """
+        try:
+            yield
         except NonFiniteError as error:
-            name = error.name
-        name, ids = replay.record(self, self.folder.replay, before, train, meta, name)
+            name, number = error.name, error.iteration or self.step.iteration
+        else:
+            return
+        if self.folder is None:
+            raise NonFiniteError(name, number)
+        name, ids = self.recorder.write(self, self.folder.replay, number, name)
         raise UserError(
-            f"Iteration {self.step.iteration} (epoch {self.epoch + 1}): {name} is not finite. The batch (ids {ids}) and the "
-            f"state before it are in {self.folder.replay}, and 'fastadvisor replay {self.folder.path}' finds where it begins; "
-            "lower --lr or --advisor-lr, or add --nan-policy skip."
+            f"Iteration {number} (epoch {self.epoch + 1}): {name} is not finite. The batch (ids {ids}) and the state before it "
+            f"are in {self.folder.replay}; lower --lr or --advisor-lr, or add --nan-policy skip. To find where it begins: "
+            f"fastadvisor replay {shlex.quote(str(self.folder.path))}"
         )
+
+    def _settle(self) -> None:
+        """Find out whether all iterations so far were finite: before a test, and before anything is saved."""
+        if self.step.watch is not None:
+            with self._stopping():
+                self.step.watch.settle()
 
     def _interrupted(self) -> Interrupted:
         number = self.interruption.signal
@@ -301,8 +324,12 @@ class Trainer:
 
     def batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
         """Return the next training batch and, where a meta step is due, the next meta batch."""
-        train = (self.train_loader if current.phase.source == "train" else self.meta_loader).next_batch()
-        return train, self.meta_loader.next_batch() if self.step.meta_is_due else None
+        train = self._next(self.train_loader if current.phase.source == "train" else self.meta_loader)
+        return train, self._next(self.meta_loader) if self.step.meta_is_due else None
+
+    def _next(self, loader: Loader) -> Batch:
+        batch = loader.next_batch()
+        return batch._replace(images=batch.images.contiguous(memory_format=self.memory_format))
 
     def set_lr(self, current: PhaseEpochs, index: int) -> None:
         """Set the learning rates of the ``index``-th step of this epoch."""
@@ -427,6 +454,7 @@ class Trainer:
 
     def _save(self, *, best: bool = False) -> None:
         """Write ``last.pt``; with ``best`` also ``best.pt``, if the last epoch was the best one."""
+        self._settle()
         state = self.state()
         if self.ranks.first and self.folder is not None:
             # The best first: were it second, a process killed between the two would go on without ever writing it.

@@ -1,7 +1,9 @@
 """What goes wrong in numbers: values that are not finite, and an advisor that has stopped advising."""
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +32,39 @@ def distance_to_cause(name: str) -> int:
 class NonFiniteError(Exception):
     """A tensor of a step holds infinities or NaN."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, iteration: int = 0) -> None:
         super().__init__(name)
         self.name = name
         """Of the tensor, in words."""
+        self.iteration = iteration
+        """In which it was, counted from 1."""
+
+
+class _Peaks(NamedTuple):
+    """The largest absolute values of named tensors, still on the device."""
+
+    names: list[str]
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor | None]) -> "_Peaks":
+        named = {name: value for name, value in tensors.items() if value is not None}
+        peaks = torch._foreach_norm(list(named.values()), torch.inf)
+        return cls(list(named), torch.stack([peak.float() for peak in peaks]))
+
+    def first_bad(self) -> str | None:
+        """Return the name of the first that is not finite; waits for the device."""
+        peaks = zip(self.names, self.values.tolist(), strict=True)
+        return next((name for name, peak in peaks if not abs(peak) < float("inf")), None)
 
 
 @dataclass
 class Watch:
-    """Looks at an iteration's numbers before they reach any weight.
+    """Looks at an iteration's numbers before they reach any weight. All ranks get the same answer.
 
-    It waits for the device, once before the advisor's step and once before the classifier's. All ranks get the same answer.
+    As it stands it waits for the device, once before the advisor's step and once before the classifier's. ``deferred`` it does
+    not: a flag on the device keeps the optimizers from stepping (``found_inf`` of torch's fused ones) from the first bad number
+    on, and the host reads it one iteration later.
     """
 
     skip: bool = False
@@ -49,24 +73,87 @@ class Watch:
     """Off where a gradient scaler looks at gradients itself, and leaves out steps as a matter of course."""
     ranks: Ranks = ALONE
     skipped: int = 0
+    deferred: bool = False
+    _bad: Tensor | None = None
+    """1.0 on the device once anything was not finite, else 0.0."""
+    _looks: list[_Peaks] = field(default_factory=list)
+    """Of this iteration."""
+    _pending: "deque[_Pending]" = field(default_factory=deque)
+    """Iterations whose flag has not been read."""
 
     def passes(self, values: Mapping[str, Tensor | None], gradients: Mapping[str, Tensor | None]) -> bool:
-        """Return whether all of it is finite.
+        """Return whether all of it is finite; deferred, True.
 
         Raises:
             NonFiniteError: it is not, and steps are not to be skipped.
         """
-        named = {
-            name: value for name, value in {**values, **(gradients if self.gradients else {})}.items() if value is not None
-        }
-        peaks = torch.stack([peak.float() for peak in torch._foreach_norm(list(named.values()), torch.inf)])
-        if not bool(self.ranks.any(~peaks.isfinite().all())):
+        peaks = _Peaks.of({**values, **(gradients if self.gradients else {})})
+        bad = self.ranks.any(~peaks.values.isfinite().all())
+        if self.deferred:
+            self._looks.append(peaks)
+            self._bad = bad.float() if self._bad is None else torch.maximum(self._bad, bad.float())
+            return True
+        if not bool(bad):
             return True
         if not self.skip:
-            names = [name for name, peak in zip(named, peaks.tolist(), strict=True) if not abs(peak) < float("inf")]
-            raise NonFiniteError(names[0] if names else OTHERS)
+            raise NonFiniteError(peaks.first_bad() or OTHERS)
         self.skipped += 1
         return False
+
+    def guard(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Keep a fused ``optimizer`` from stepping where anything so far was not finite, as a gradient scaler would."""
+        if self.deferred and optimizer is not None:
+            optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # torch looks for it there
+
+    def end_iteration(self, number: int) -> None:
+        """Have the flag of iteration ``number`` come to the host, and read that of the one before.
+
+        Raises:
+            NonFiniteError: something in that one was not finite.
+        """
+        if not self.deferred or self._bad is None:
+            return
+        self._pending.append(_Pending.of(number, self._bad, self._looks))
+        self._looks = []
+        while len(self._pending) > 1:
+            self._read(self._pending.popleft())
+
+    def settle(self) -> None:
+        """Read all flags, as before a checkpoint is written; raises as :meth:`end_iteration`."""
+        while self._pending:
+            self._read(self._pending.popleft())
+
+    def _read(self, pending: "_Pending") -> None:
+        if not pending.is_bad():
+            return
+        self._pending.clear()
+        names = (look.first_bad() for look in pending.looks)
+        raise NonFiniteError(next((name for name in names if name is not None), OTHERS), pending.number)
+
+
+class _Pending(NamedTuple):
+    """What is to be read of an iteration."""
+
+    number: int
+    flag: Tensor
+    """On the host, once ``ready`` has happened."""
+    ready: "torch.cuda.Event | None"
+    looks: list[_Peaks]
+
+    @classmethod
+    def of(cls, number: int, flag: Tensor, looks: list[_Peaks]) -> "_Pending":
+        if flag.device.type != "cuda":
+            return cls(number, flag.clone(), None, looks)
+        host = torch.empty((), dtype=flag.dtype, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return cls(number, host, ready, looks)
+
+    def is_bad(self) -> bool:
+        if self.ready is not None:
+            self.ready.synchronize()  # of an iteration ago: another one is under way meanwhile
+        return bool(self.flag)
 
 
 @dataclass

@@ -9,5 +9,8 @@ import torch
 
 torch.set_num_threads(1)
 
+# Tolerances are those of float32: a GPU would convolve with ten bits of it less.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

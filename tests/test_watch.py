@@ -1,14 +1,17 @@
 """Values that are not finite, an advisor that has collapsed, memory that runs out: noticed, named, and replayed."""
 
 import contextlib
+import copy
 import json
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
 
-from fastadvisor import cli, launch, rehearsal
+from fastadvisor import assembly, cli, launch, rehearsal
 from fastadvisor import replay as replaying
+from fastadvisor import watch as watching
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import UserError
@@ -16,6 +19,8 @@ from fastadvisor.launch import train_config
 from fastadvisor.methods import Advice
 from fastadvisor.replay import replay
 from fastadvisor.runtime import checkpoint
+from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.step import Step
 from fastadvisor.trainer import Trainer
 from fastadvisor.watch import Collapse, NonFiniteError, Watch
@@ -74,7 +79,10 @@ def infinite_weight(step, train):
 )
 def test_the_run_stops_names_the_tensor_and_can_be_replayed(tmp_path, monkeypatch, capsys, damage, says, first):
     spoil(monkeypatch, 6, damage)
-    with pytest.raises(UserError, match=rf"Iteration 6 \(epoch 2\): {says} is not finite. The batch \(ids \d+, .*--nan-policy"):
+    with pytest.raises(
+        UserError,
+        match=rf"Iteration 6 \(epoch 2\): {says} is not finite. The batch \(ids \d+, .*--nan-policy.* fastadvisor replay ",
+    ):
         train_config(settings(tmp_path / "run", method="mfrw-mes", nan_policy="stop"))
     monkeypatch.undo()
     found = replay(tmp_path / "run", device="cpu")
@@ -306,3 +314,178 @@ def test_settings_that_exclude_each_other(tmp_path, monkeypatch, changes, says):
     monkeypatch.setattr(launch, "load_source", lambda config: pytest.fail("data was read"))
     with pytest.raises(UserError, match=says):
         train_config(settings(tmp_path / "run", **changes))
+
+
+# The watch of a GPU, which waits for nothing
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """Let runs on the CPU watch as those on a GPU do."""
+    monkeypatch.setattr(assembly, "defers", lambda config, execution: config.nan_policy == "stop")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"approx_meta": True}, {"optimizer": "adamw", "lr": 1e-3}, {"method": "l2rw"}], ids=str
+)
+def test_a_deferred_watch_changes_no_number(tmp_path, monkeypatch, changes):
+    usual = {"method": "mfrw-mes", "clip_grad_norm": 1.0, **changes}
+    ends = {}
+    for kind in ("immediate", "deferred"):
+        with monkeypatch.context() as patch:
+            if kind == "deferred":
+                patch.setattr(assembly, "defers", lambda config, execution: True)
+            # Both with a fused Adam for the advisor, whose order of operations is another.
+            patch.setattr(torch.optim.Adam, "__init__", partialmethod(torch.optim.Adam.__init__, fused=True))
+            patch.setattr(assembly, "_advisor_optimizer", _advisor_optimizer)
+            ends[kind] = train_config(settings(tmp_path / kind, **usual)).model.state_dict()
+    assert same(ends["immediate"], ends["deferred"])
+
+
+def _advisor_optimizer(config, method, *, fused):
+    return None if method.advisor is None else torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says", "first"),
+    [
+        (infinite_image, "the advisor's mask", "classifier conv1 (Conv2d)"),
+        (infinite_advice, "the advisor's mask", "advisor to_mask (Linear)"),
+        (infinite_weight, "the advisor's mask", "classifier conv1 (Conv2d)"),
+    ],
+)
+@pytest.mark.parametrize("iteration", [6, 8], ids=["in mid-epoch", "at the end of an epoch"])
+def test_a_deferred_watch_stops_an_iteration_later_and_the_weights_are_as_before(
+    tmp_path, monkeypatch, deferred, damage, says, first, iteration
+):
+    """An epoch has four iterations: after the last one nothing is tested or saved before it has been looked at."""
+    before, taken = {}, []
+    call = Step.__call__
+
+    def watched(self, train, meta):
+        taken.append(self.iteration + 1)
+        if self.iteration + 1 == iteration:
+            modules = (self.model.model, self.method.advisor, self.optimizer, self.advisor_optimizer)
+            before["state"] = copy.deepcopy([module.state_dict() for module in modules])
+            before["step"] = self
+        return call(self, train, meta)
+
+    spoil(monkeypatch, iteration, damage)
+    monkeypatch.setattr(Step, "__call__", watched)
+    with pytest.raises(UserError, match=rf"Iteration {iteration} \(epoch 2\): {says} is not finite. The batch \(ids \d+, "):
+        train_config(settings(tmp_path / "run", method="mfrw-mes", lr=0.1, schedule="cosine"))
+    monkeypatch.undo()
+    assert taken[-1] == (iteration + 1 if iteration == 6 else iteration)
+    step = before["step"]
+    weights, advisor, optimizer, advisor_optimizer = before["state"]
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    for name, value in step.model.model.state_dict().items():
+        if not name.endswith(statistics):
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=0, equal_nan=True)
+    for module, state in ((step.method.advisor, advisor),):
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
+    for now, then in ((step.optimizer, optimizer), (step.advisor_optimizer, advisor_optimizer)):
+        torch.testing.assert_close(now.state_dict()["state"], then["state"], rtol=0, atol=0)
+    saved = checkpoint.load(tmp_path / "run" / "replay.pt")
+    assert saved["iteration"] == iteration
+    assert saved["optimizer"]["param_groups"][0]["lr"] == optimizer["param_groups"][0]["lr"]
+    found = replay(tmp_path / "run", device="cpu")
+    assert (found["iteration"], found["said"], found["found"], found["first"]) == (iteration, says, says, first)
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["iteration"] == 4  # the older one is left alone
+
+
+def test_a_bad_gradient_reaches_no_weight_though_the_advisor_has_stepped(tmp_path, monkeypatch, deferred):
+    """The meta step is sound, so the advisor takes it; the classifier's gradient is not. Replay begins before both."""
+    call = Step._classifier_step
+
+    def spoilt(self, losses):
+        if self.iteration == 6:
+            next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
+        return call(self, losses)
+
+    monkeypatch.setattr(Step, "_classifier_step", spoilt)
+    with pytest.raises(UserError, match=r"Iteration 6 \(epoch 2\): the gradient of conv1.weight is not finite"):
+        train_config(settings(tmp_path / "run", method="mfrw-mes"))
+    monkeypatch.undo()
+    found = replay(tmp_path / "run", device="cpu")
+    assert (found["iteration"], found["found"]) == (6, None)
+    state = checkpoint.load(tmp_path / "run" / "replay.pt")
+    steps = {float(entry["step"]) for entry in state["advisor_optimizer"]["state"].values()}
+    assert steps == {5.0}
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what a step reads back from its device, and what it copies to be kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_to_copy"):
+            self.found.append((name, tuple(args[0].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_deferred_watch_reads_one_number_and_that_of_the_iteration_before(tmp_path, monkeypatch, deferred):
+    run = trainer(method="mfrw-mes", nan_policy="stop")
+    run.folder = RunFolder(tmp_path)
+    read = []
+    monkeypatch.setattr(watching._Pending, "is_bad", lambda self: read.append(self.number) or False)
+    for iteration in range(1, 4):
+        with Reads() as reads:
+            run._watched_step(*run.batches(run.phases[0]))
+        assert [kind for kind in reads.found if kind[0] != "_to_copy"] == []
+        assert read == list(range(1, iteration))
+    run._settle()
+    assert read == [1, 2, 3]
+
+
+def test_what_an_iteration_began_with_is_kept_without_new_tensors(tmp_path):
+    run = trainer(method="mfrw-mes", nan_policy="stop")
+    run.folder = RunFolder(tmp_path)
+    for _ in range(4):
+        run._watched_step(*run.batches(run.phases[0]))
+    slots = [beginning._advisor._copies + beginning._advisor_optimizer._copies for beginning in run.recorder._beginnings]
+    where = [[tensor.data_ptr() for tensor in slot] for slot in slots]
+    assert len(where[0]) > 16
+    launched = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch,
+            "_foreach_copy_",
+            lambda to, of: launched.append(len(to)) or [a.copy_(b) for a, b in zip(to, of, strict=True)],
+        )
+        for _ in range(2):
+            run._watched_step(*run.batches(run.phases[0]))
+    assert len(launched) == 4  # advisor and optimizer, twice
+    assert [[tensor.data_ptr() for tensor in slot] for slot in slots] == where
+
+
+def test_a_snapshot_is_of_then():
+    a, b = torch.ones(2), torch.zeros(3, dtype=torch.int64)
+    snapshot = replaying.Snapshot()
+    snapshot.take({"a": a, "more": [b, 3, None, "x"]})
+    a.fill_(7)
+    assert snapshot.state()["more"][1:] == [3, None, "x"]
+    assert torch.equal(snapshot.state()["a"], torch.ones(2))
+    snapshot.take({"a": a[:1], "more": []})  # of another form
+    assert snapshot.state()["more"] == []
+    assert torch.equal(snapshot.state()["a"], torch.full((1,), 7.0))
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "deferred"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"optimizer": "nesterov"}, True),
+        ("cuda", {"nan_policy": "skip"}, False),
+        ("cuda", {"nan_policy": "ignore"}, False),
+        ("cuda", {"optimizer": "lamb"}, False),
+        ("cpu", {}, False),
+    ],
+)
+def test_where_the_watch_is_deferred(device, changes, deferred):
+    assert assembly.defers(resolve(Config, **changes), Execution(torch.device(device))) == deferred

@@ -27,7 +27,8 @@ from fastadvisor.models import Cut, SplitClassifier
 from fastadvisor.runtime.execution import Execution
 
 # torch scripts some of its own forward-mode formulas on first use, and tells the user that scripting is deprecated.
-warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=FutureWarning)
+for kind in (FutureWarning, DeprecationWarning):  # torch 2.14's, and 2.11's
+    warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=kind)
 
 Tangent = Literal["forward", "difference"]
 

@@ -114,6 +114,8 @@ class Tangents(TorchFunctionMode):
             return registered(func, *args, **(kwargs or {}))
         if func is torch._weight_norm:
             return weight_norm(*args, **(kwargs or {}))
+        if func in (F.group_norm, torch.group_norm):
+            return func(contiguous(args[0]), *args[1:], **(kwargs or {}))
         if func not in PRODUCTS and func not in (F.batch_norm, sync_batch_norm.batch_norm):
             return func(*args, **(kwargs or {}))
         known = self.tape.find(self.position, func)
@@ -234,6 +236,12 @@ def _moving(values: Any) -> bool:
     """Whether there is a tangent anywhere in ``values``."""
     tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def contiguous(input: Tensor) -> Tensor:
+    """Return a dual number, of which both parts are contiguous: torch 2.11's tangent of group normalisation takes no other."""
+    x, x_dot = forward_ad.unpack_dual(input)
+    return x.contiguous() if x_dot is None else forward_ad.make_dual(x.contiguous(), x_dot.contiguous())
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

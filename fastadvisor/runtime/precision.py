@@ -1,5 +1,7 @@
 """Which device, in which precision, by which kernels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -23,6 +25,27 @@ def amp_dtype(choice: Literal["auto", "bfloat16", "float16"], device: torch.devi
 def use_tf32(enabled: bool) -> None:
     """Let float32 matrix products, or none, run in TF32 on GPUs that have it. Convolutions do as torch is set to: in TF32."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
+
+
+def memory_format(choice: str, device: torch.device, *, amp: bool) -> torch.memory_format:
+    """Return the layout for ``--memory-format``: auto is NHWC under autocast on a GPU, where tensor cores, and cuDNN's batch
+    normalisation, take no other without a copy.
+    """
+    channels_last = choice == "channels-last" or (choice == "auto" and amp and device.type == "cuda")
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@contextmanager
+def tuned_convolutions(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms and keep the fastest inside the block, on a GPU and where the numbers need not be the same
+    each time: the shapes of a run are few.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def pick_device(name: str) -> torch.device:
