@@ -107,4 +107,6 @@ def test_the_python_blocks_run(workplace, monkeypatch, capsys):
     assert cli.main(command.split()) == 0
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert "mean_last5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "mean_last5" in out
+    assert "epoch" not in out.split("mean_last5")[0]  # progress=False
