@@ -74,7 +74,7 @@ def headline(config: Config, data: TrainingData, device: torch.device, folder: P
     shared = "" if ranks == 1 else f", {ranks} processes with {config.batch_size // ranks} images each"
     return (
         f"{config.method} with {config.model} on {data.name}: {len(data.train_ids):,} training images in "
-        f"{len(data.classes)} classes ({100 * data.noise_rate():.1f} % of labels changed by us), "
+        f"{len(data.classes)} classes ({100 * data.noise_rate():.1f} % of labels changed by {config.labels or 'us'}), "
         f"{len(data.meta_ids):,} meta images ({origin}), {len(data.test):,} test images{val}; {device}{shared}; "
         f"run folder {folder}"
     )

@@ -167,9 +167,7 @@ def test_trusted_training_images_become_the_meta_set(tmp_path, prefix, loader):
     assert len(data.train_ids) == 24 - 4
     assert not set(data.train_ids.tolist()) & set(data.meta_ids.tolist())
     assert len(data.images) == 24
-    assert data.notes[-1].startswith(
-        "4 of the 4 images of the meta-set are training images: they are taken out of the training set"
-    )
+    assert data.notes[-1].startswith("All 4 images of the meta-set are training images: they are taken out of the training set")
 
 
 def test_trusted_images_of_both_kinds(tmp_path):
@@ -242,7 +240,7 @@ def test_data_check_knows_trusted_images(tmp_path):
     assert report.problems == []
     assert report.shared["meta in training"] == 0
     assert report.protocol["training"] == 21
-    assert "Note: 3 of the 3 images of the meta-set are training images" in "\n".join(report.remarks())
+    assert "Note: All 3 images of the meta-set are training images" in "\n".join(report.remarks())
 
 
 # Folders of images
@@ -289,16 +287,16 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path):
     assert len(source.train) == 24
     assert note.startswith("17 files were passed over: in ")
     for kind in (
-        "4 .heic (convert them: not read here)",
-        "5 links to files that are not there",
-        "1 links to a folder that they are in",
-        "1 hidden,",
-        "1 hidden folders",
-        "1 without an extension",
-        "1 images in no class folder",
-        "1 .csv",
-        "1 neither files nor folders",
-        f"; in {tmp_path}/test 1 .txt.",
+        ".heic (not read here, convert them): 4",
+        "dangling links: 5",
+        "links to folders they are in: 1",
+        "hidden: 1,",
+        "hidden folders: 1",
+        "without an extension: 1",
+        "images in no class folder: 1",
+        ".csv: 1",
+        "neither files nor folders: 1",
+        f"; in {tmp_path}/test .txt: 1.",
     ):
         assert kind in note
     assert prepare(source, resolve(Config, dataset="imagefolder", meta_per_class=1), 0).notes == (note,)

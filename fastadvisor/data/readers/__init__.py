@@ -98,7 +98,7 @@ def trusted(source: Source) -> Source:
         twice = source.train.images.name(int(unique[counts > 1][0]))
         raise UserError(f"{twice} is named twice as an image of the meta-set: leave one of the two out.")
     note = (
-        f"{len(inside):,} of the {len(meta):,} images of the meta-set are training images: they are taken out of the training "
-        "set, and have the labels that the meta-set gives them."
+        f"{'All' if len(inside) == len(meta) else f'{len(inside):,} of the'} {len(meta):,} images of the meta-set are training "
+        "images: they are taken out of the training set, and have the labels that the meta-set gives them."
     )
     return replace(source, meta_rows=rows, notes=(*source.notes, note))

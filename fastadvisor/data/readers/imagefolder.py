@@ -46,7 +46,7 @@ class PassedOver:
         if not total:
             return ()
         places = [
-            f"in {folder} " + ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+            f"in {folder} " + ", ".join(f"{kind}: {count:,}" for kind, count in counts.most_common())
             for folder, counts in self.kinds.items()
         ]
         return (f"{total:,} {'file was' if total == 1 else 'files were'} passed over: {'; '.join(places)}.",)
@@ -168,7 +168,7 @@ def _walk(
     here = os.path.join(folder, beneath) if beneath else str(folder)
     status = os.stat(here)
     if (status.st_dev, status.st_ino) in above:
-        passed_over.count(part, "links to a folder that they are in")
+        passed_over.count(part, "links to folders they are in")
         return
     with os.scandir(here) as entries:
         found = list(entries)
@@ -205,13 +205,13 @@ def _why_not(entry: "os.DirEntry[str]") -> str | None:
     if entry.name.startswith("."):
         return "hidden"
     if suffix not in EXTENSIONS:
-        return f"{suffix or 'without an extension'}{' (convert them: not read here)' if suffix in OTHER_IMAGES else ''}"
+        return f"{suffix or 'without an extension'}{' (not read here, convert them)' if suffix in OTHER_IMAGES else ''}"
     try:
         if entry.is_file():
             return None
     except OSError:  # a link to itself
         pass
-    return "links to files that are not there" if entry.is_symlink() else "neither files nor folders"
+    return "dangling links" if entry.is_symlink() else "neither files nor folders"
 
 
 def _class_names(folder: Path) -> list[str]:
