@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -88,7 +89,9 @@ def _summary(settings: Config, source: Source, folder: Path) -> dict[str, Any]:
     try:
         result = train_config(settings, source)
     except Interrupted as stop:
-        raise Interrupted(f"{stop} (the comparison: its own command, --output {folder} --resume)", stop.signal) from None
+        raise Interrupted(
+            f"{stop} (the comparison: its own command, --output {shlex.quote(str(folder))} --resume)", stop.signal
+        ) from None
     assert isinstance(result, TrainResult)  # no dry run
     return result.summary
 

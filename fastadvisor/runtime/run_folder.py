@@ -157,7 +157,7 @@ class RunFolder:
             if key not in (*MAY_DIFFER, *but) and old != new:
                 raise UserError(
                     f"{key} is {old!r} in {self.config} and {new!r} now; resume with the settings of the run "
-                    f"(--config {self.config}), or choose another --output."
+                    f"(--config {shlex.quote(str(self.config))}), or choose another --output."
                 )
 
     def write_config(self, config: Config) -> None:

@@ -88,6 +88,7 @@ def test_an_image_of_half_that_size_is_read():
         (png(300, 300)[:50], "cut short"),
         (b"\x89PNG\r\n\x1a\n" + b"junk" * 10, "damaged"),
     ],
+    ids=["TIFF", "HEIC", "SVG", "text", "cut short", "damaged"],
 )
 def test_what_cannot_be_read_is_called_what_it_is(data, reason):
     with pytest.raises(Unreadable, match=f"^{reason}$"):
