@@ -1,6 +1,8 @@
 # make demo | make test | make benchmarks: each makes .venv first, if it is not there or the requirements have changed.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run in this many processes: 'make WORKERS=8 test' where there are more cores.
+WORKERS ?= 2
 
 .PHONY: demo test benchmarks
 
@@ -11,7 +13,7 @@ test: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS)
 
 benchmarks: .venv/.installed
 	$(BIN)/pytest benchmarks
