@@ -188,6 +188,17 @@ def test_what_the_watch_calls_finite():
     assert Watch(gradients=False).passes({"good": torch.zeros(2)}, {"worse": torch.tensor([float("nan")])})
 
 
+def test_collapsed_are_99_percent_of_entries_beyond_99_percent():
+    collapse = Collapse()
+    mask = torch.tensor([[4.595, 4.605, -4.595, -4.605]])  # σ(4.6) = 0.990
+    assert collapse.look(Advice(mask=mask)) == {"mask_saturated": 0.5}
+    assert collapse.sentence({"mask_saturated": 0.989}) is None
+    assert "99.0 % of its mask" in collapse.sentence({"mask_saturated": 0.99})
+    assert "of its equalisation" in collapse.sentence(
+        {"mask_saturated": 1.0, "equalisation_saturated": 1.0}
+    )  # each is said once
+
+
 def test_a_collapsed_advisor_is_reported_once(tmp_path, monkeypatch, capsys):
     collapse = Collapse()
     assert collapse.sentence(collapse.look(Advice(mask=torch.randn(4, 8)))) is None

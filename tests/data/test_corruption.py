@@ -33,6 +33,21 @@ def test_long_tail_totals_are_the_published_ones(n_max, classes, totals):
 
 def test_one_class_has_no_tail():
     assert corruption.long_tail_counts(7, 1, 100) == [7]
+    assert corruption.long_tail_profile([7], 100) == [7]
+
+
+@pytest.mark.parametrize(
+    ("available", "counts"),
+    [
+        ([100, 100, 100], [100, 31, 10]),
+        ([90, 110, 100], [100, 31, 10]),  # a tenth too few is let pass
+        ([89, 111, 100], [89, 28, 8]),  # more is not: the profile shrinks as a whole
+        ([200, 20, 80], [63, 19, 6]),  # until class 1 can fill its place: 20 · √10 = 63
+        ([150, 145, 8], [80, 25, 8]),  # until the last one can: 8 · 10 = 80
+    ],
+)
+def test_the_profile_shrinks_until_all_classes_can_fill_it(available, counts):
+    assert corruption.long_tail_profile(available, 10) == counts
 
 
 def test_customary_flip_maps():
