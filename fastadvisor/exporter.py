@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -132,12 +133,13 @@ def _export(name: str, path: Path, model: nn.Module, config: Config, classes: in
 
 
 def _compare(name: str, path: Path, model: nn.Module, read_back: Network, real: Tensor) -> dict[str, Any]:
-    worst, agree = 0.0, True
+    differences, agree = [], True
     with torch.no_grad():
         for images in (real, real[:1]):
             wanted, got = model(images), read_back(images)
-            worst = max(worst, float((got - wanted).abs().max() / (1 + wanted.abs().max())))
+            differences.append(float((got - wanted).abs().max() / (1 + wanted.abs().max())))
             agree = agree and torch.equal(got.argmax(1), wanted.argmax(1))
+    worst = max(differences, key=lambda one: (math.isnan(one), one))
     if not worst <= TOLERANCE:
         raise UserError(
             f"{path.name} does not give the logits of the original (off by {worst:.2g} of the largest): it is not written; "

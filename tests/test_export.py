@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 from fastadvisor import cli, exporter
 from fastadvisor.config import Config, resolve
 from fastadvisor.errors import UserError
-from fastadvisor.exporter import FORMATS, export_run
+from fastadvisor.exporter import FORMATS, _compare, export_run
 from fastadvisor.launch import train_config
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
@@ -106,3 +106,10 @@ def test_a_model_that_cannot_be_traced_is_said_in_a_sentence(run, monkeypatch):
     monkeypatch.setattr(torch.export, "export", refuse)
     with pytest.raises(UserError, match=r"resnet8 cannot be exported as torch-export \(data-dependent control flow\); leave"):
         export_run(run, formats=["torch-export"])
+
+
+def test_logits_that_are_not_numbers_are_not_the_originals(tmp_path):
+    model, images = torch.nn.Flatten(), torch.zeros(2, 3)
+    _compare("onnx", tmp_path / "model.onnx", model, lambda x: x, images)
+    with pytest.raises(UserError, match="does not give the logits of the original"):
+        _compare("onnx", tmp_path / "model.onnx", model, lambda x: x + float("nan"), images)

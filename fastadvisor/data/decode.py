@@ -83,7 +83,9 @@ def decode_rgb(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+            # Before it is turned, which forgets the format: gray of more than 8 bits in PNG and PGM has 16.
+            sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            return _rgb(ImageOps.exif_transpose(image), sixteen=sixteen)
     except (MemoryError, Unreadable):
         raise
     except Image.DecompressionBombError as error:
@@ -142,10 +144,9 @@ def available_memory() -> int | None:
         return None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Return ``image`` in RGB, alpha dropped."""
+def _rgb(image: Image.Image, *, sixteen: bool) -> Image.Image:
+    """Return ``image`` in RGB, alpha dropped. ``sixteen``: whether a gray image of more than 8 bits has 16."""
     if image.mode.startswith(("I", "F")):  # gray with more than 8 bits: PIL's own conversion would clip all above 255 to white
-        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
         return Image.fromarray(_to_bytes(np.asarray(image), sixteen=sixteen)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:  # PIL warns when such a palette goes to RGB directly
         image = image.convert("RGBA")
@@ -155,8 +156,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
     """Return (H, W) values of a gray image as bytes.
 
-    16 bits lose the lower 8. Others say nothing of their range: fractions (floats in 0 to 1) and bytes (0 to 255) are taken as
-    such, anything else is scaled so that the image's own least value becomes 0 and its greatest 255.
+    16 bits lose the lower 8. Others say nothing of their range: fractions (floats in 0 to 1, or a tenth beyond, as resampling
+    overshoots) and bytes (0 to 255; floats among them that are not whole numbers reach a tenth of that) are taken as such,
+    anything else is scaled so that the image's own least value becomes 0 and its greatest 255.
 
     Raises:
         Unreadable: values that are not finite.
@@ -166,11 +168,10 @@ def _to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
     if not np.isfinite(values).all():
         raise Unreadable("values that are not finite")
     low, high = float(values.min()), float(values.max())
-    fractions = values.dtype.kind == "f" and low >= 0 and high <= 1
-    if not fractions and low >= 0 and high <= 255:
+    if values.dtype.kind == "f" and low >= -0.1 and high <= 1.1:
+        return (values.clip(0, 1).astype(np.float64) * 255).round().astype(np.uint8)
+    if low >= 0 and high <= 255 and (high > 25.5 or bool((values == np.round(values)).all())):
         return values.astype(np.uint8)
-    if fractions:
-        low, high = 0.0, 1.0
     return ((values.astype(np.float64) - low) * (255 / (high - low if high > low else 1))).round().astype(np.uint8)
 
 

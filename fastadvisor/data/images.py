@@ -107,6 +107,7 @@ class FileImages:
         self._stat: Ints | None = None
         """Size and time of each as far as the file system has told, UNKNOWN elsewhere, (N, 2): several stages ask, and a
         million files take seconds."""
+        self._whole: PathTable | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -163,9 +164,26 @@ class FileImages:
     def _path(self, row: int) -> str:
         return os.path.join(self.root, self.paths[row])
 
+    def whole_paths(self) -> PathTable:
+        """Return the path of each, absolute and with the links in its folder resolved: one form for any way of writing it."""
+        if self._whole is None:
+            folders: dict[str, str] = {}
+
+            def whole(path: str) -> str:
+                folder, name = os.path.split(os.path.join(self.root, path))
+                if name in ("", ".", ".."):
+                    return os.path.realpath(os.path.join(folder, name))
+                if folder not in folders:
+                    folders[folder] = os.path.realpath(folder)
+                return os.path.join(folders[folder], name)
+
+            self._whole = PathTable.of(whole(self.paths[row]) for row in range(len(self)))
+        return self._whole
+
 
 def rows_among(files: Images, others: Images) -> Ints:
-    """Return for each of ``files`` the row of the same file, by its path, among ``others``, -1 where it is none of them.
+    """Return for each of ``files`` the row of the same file, by its path, among ``others``, -1 where it is none of them; of a
+    file that ``others`` hold several times, the first.
 
     Both may be in memory or copies; what they were decoded from counts. (N,) int64; all -1 where there are no files.
     """
@@ -174,20 +192,9 @@ def rows_among(files: Images, others: Images) -> Ints:
     if not (isinstance(one, FileImages) and isinstance(other, FileImages)):
         return none
     mine, theirs = one.paths.normalised(), other.paths.normalised()
-    roots = os.path.realpath(one.root), os.path.realpath(other.root)
-    if roots[0] != roots[1] or mine.any_absolute():
-        mine = PathTable.of(_seen_from(*roots, mine[row]) for row in range(len(mine)))
+    if os.path.realpath(one.root) != os.path.realpath(other.root) or mine.any_outside() or theirs.any_outside():
+        mine, theirs = one.whole_paths(), other.whole_paths()
     return theirs.find(mine)
-
-
-def _seen_from(root: str, other: str, path: str) -> str:
-    """Return ``path``, absolute or relative to ``root``, as relative to ``other``; an empty string of what is not in there."""
-    if os.path.isabs(path):
-        folder, name = os.path.split(path)
-        whole = os.path.join(os.path.realpath(folder), name)
-    else:
-        whole = os.path.normpath(os.path.join(root, path))
-    return whole.removeprefix(f"{other}/") if whole.startswith(f"{other}/") else ""
 
 
 def originals(images: Images) -> Images:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastadvisor.data.class_labels import class_numbers
 from fastadvisor.data.images import FileImages, Images, TarImages, originals, rows_among
 from fastadvisor.data.paths import Ints, PathTable
+from fastadvisor.data.readers.imagefolder import EXTENSIONS
 from fastadvisor.errors import UserError, nearest
 
 CLEAN = "clean_label"
@@ -22,7 +23,10 @@ CLEAN = "clean_label"
 LABEL_COLUMNS = ("label", "given_label", "predicted_label", "suggested_label", "corrected_label", "clean_label", "noisy_label")
 """Columns of a CSV that hold labels, cleanlab's names among them."""
 
-PATH_COLUMNS = ("path", "image", "image_path", "file", "filename", "file_name", "filepath")
+PATH_COLUMNS = (
+    *("path", "image", "image_path", "image_name", "img", "img_path", "img_name"),
+    *("file", "filename", "file_name", "filepath", "file_path", "fname"),
+)
 """Columns of a CSV that say which image a row is about."""
 
 
@@ -106,11 +110,11 @@ def read_labels(
     notes = [] if note is None else [note]
     if written.paths is None:
         return FileLabels(found, tuple(notes))
-    rows = _rows(written, images, path, root)
-    labels = own.copy()
-    labels[rows] = found
-    if len(rows) < len(own):
-        notes.append(f"{path} labels {len(rows):,} of {len(own):,} training images; the others keep the data set's own labels.")
+    at = _rows(written, found, images, path, root)
+    labels = np.where(at >= 0, found[at], own)
+    if (at < 0).any():
+        some = int((at >= 0).sum())
+        notes.append(f"{path} labels {some:,} of {len(own):,} training images; the others keep the data set's own labels.")
     return FileLabels(labels, tuple(notes))
 
 
@@ -127,13 +131,15 @@ def _numbers(written: _Written, classes: Sequence[str], path: Path) -> tuple[Int
     return numbers[inverse.reshape(-1)], found.note
 
 
-def _rows(written: _Written, images: Images, path: Path, root: str | None) -> Ints:
-    """Return the training image that each path means."""
+def _rows(written: _Written, numbers: Ints, images: Images, path: Path, root: str | None) -> Ints:
+    """Return for each training image the row of the file that is about it, -1 where there is none, (N,)."""
     assert written.paths is not None
     files = originals(images)
     if isinstance(files, FileImages):
         table = PathTable.of(written.paths)
-        places = dict.fromkeys([files.root, *([] if root is None else [Path(root)]), Path()])
+        places = list(dict.fromkeys([files.root, *([] if root is None else [Path(root)]), Path()]))
+        if table.absolute().all():  # then they are the same from anywhere
+            del places[1:]
         found = [rows_among(FileImages(place, table), files) for place in places]
         whole = [rows for rows in found if (rows >= 0).all()]
         if any(not np.array_equal(whole[0], rows) for rows in whole[1:]):
@@ -163,11 +169,18 @@ def _rows(written: _Written, images: Images, path: Path, root: str | None) -> In
             f"{path} names {written.paths[at]}{written.place(at)}, which is no training image ({len(unknown)} of {len(rows)} "
             f"are none): write paths as in {images.name(0)}, or delete these rows."
         )
-    values, counts = np.unique(rows, return_counts=True)
-    if (counts > 1).any():
-        twice = np.flatnonzero(rows == values[counts > 1][0]).tolist()
-        raise UserError(f"{path} has two rows for {written.paths[twice[0]]}{written.place(twice[1])}: delete one of them.")
-    return rows
+    about = np.full(len(images), -1, dtype=np.int64)
+    about[rows[::-1]] = np.arange(len(rows))[::-1]  # the first of several
+    again = np.flatnonzero(numbers[about[rows]] != numbers)
+    if len(again):
+        second = int(again[0])
+        raise UserError(
+            f"{path} has two labels for {written.paths[second]}, one{written.place(int(about[rows[second]]))} and one"
+            f"{written.place(second)}: delete one of them."
+        )
+    if isinstance(files, FileImages):  # a training list may name an image several times
+        about = about[rows_among(files, files)]
+    return about
 
 
 def _read_npy(path: Path) -> _Written:
@@ -264,11 +277,28 @@ def _read_csv(path: Path, key: str | None) -> _Written:
     if paths is not None:
         return _Written(values, [row[header.index(paths)].strip() for _, row in rows[1:]], first_row=2)
     if "id" not in header:
+        _check_order(header, [row for _, row in rows[1:]], path)
         return _Written(values)
     ids = _integers(path, [row[header.index("id")] for _, row in rows[1:]], first_line=2)
     if not np.array_equal(np.sort(ids), np.arange(len(ids))):
         raise UserError(f"{path}: the column id must hold every sample number from 0 to {len(ids) - 1} once.")
     return _Written([values[at] for at in np.argsort(ids).tolist()])
+
+
+def _check_order(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> None:
+    """Raise a UserError if a column of ``rows`` seems to say which image each is about, and so in which order they are."""
+    for column, name in enumerate(header):
+        cells = [row[column].strip() for row in rows]
+        if len(set(cells)) < max(2, len(cells)) or name in LABEL_COLUMNS:
+            continue
+        files = all(os.path.splitext(cell)[1].lower() in EXTENSIONS for cell in cells)
+        numbers = all(cell.isascii() and cell.isdigit() and len(cell) < 10 for cell in cells)
+        if files or (numbers and [int(cell) - int(cells[0]) for cell in cells] != list(range(len(cells)))):
+            raise UserError(
+                f"{path} has no column path or id, and its column {name or 'without a name'} ({cells[0]}, {cells[1]}, ...) "
+                "seems to say which image a row is about: call it path (of files) or id (of sample numbers from 0), or delete "
+                "it to have the labels taken in data-set order."
+            )
 
 
 def _label_column(header: Sequence[str], path: Path, key: str | None, *, one_column: bool) -> int | None:

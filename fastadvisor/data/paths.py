@@ -48,11 +48,7 @@ class PathTable:
     def without_prefix(self, prefix: str) -> "PathTable":
         """Return the table with ``prefix`` cut off every path that begins with it; the buffer is shared."""
         wanted = os.fsencode(prefix)
-        begins = self.stop - self.start >= len(wanted)
-        for offset, byte in enumerate(wanted):
-            at = np.minimum(self.start + offset, len(self.buffer) - 1)
-            begins &= self.buffer[at] == byte
-        return PathTable(self.buffer, self.start + len(wanted) * begins, self.stop)
+        return PathTable(self.buffer, self.start + len(wanted) * self._begin_with(wanted), self.stop)
 
     def normalised(self) -> "PathTable":
         """Return the table with ``./``, ``//`` and ``x/..`` resolved in every path; itself where there are none."""
@@ -61,10 +57,19 @@ class PathTable:
             return self
         return PathTable.of(os.path.normpath(self[row]) for row in range(len(self)))
 
-    def any_absolute(self) -> bool:
-        """Return whether any path begins with a slash."""
-        filled = self.stop > self.start
-        return bool((self.buffer[self.start[filled]] == ord("/")).any())
+    def absolute(self) -> NDArray[np.bool_]:
+        """Return which paths begin with a slash, (N,)."""
+        return self._begin_with(b"/")
+
+    def any_outside(self) -> bool:
+        """Return whether any path, normalised, may leave the folder it is relative to: absolute, or up from there."""
+        return bool((self.absolute() | self._begin_with(b"..")).any())
+
+    def _begin_with(self, prefix: bytes) -> NDArray[np.bool_]:
+        begins = self.stop - self.start >= len(prefix)
+        for offset, byte in enumerate(prefix):
+            begins &= self.buffer[np.minimum(self.start + offset, len(self.buffer) - 1)] == byte
+        return begins
 
     def hashes(self) -> NDArray[np.uint64]:
         """Return a 64-bit polynomial hash of each path, (N,); equal paths have equal hashes."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastadvisor.config import DataConfig
 from fastadvisor.data.corruption import Ints, corrupt, long_tail, long_tail_profile, meta_split, noise_targets
-from fastadvisor.data.images import ArrayImages, Images, joined
+from fastadvisor.data.images import ArrayImages, Images, joined, rows_among
 from fastadvisor.data.labels_file import read_labels
 from fastadvisor.data.twins import repeated, twins
 from fastadvisor.data.types import Source, Split, TrainingData
@@ -96,7 +96,7 @@ def _check_settings(config: DataConfig) -> None:
 
 
 def _check_labels(source: Source) -> None:
-    for part, split in (("training", source.train), ("test", source.test), ("meta", source.meta)):
+    for part, split in (("training", source.train), ("test", source.test), ("meta", source.meta), ("val", source.val)):
         if split is None:
             continue
         wrong = torch.nonzero((split.labels < 0) | (split.labels >= len(source.classes))).flatten()
@@ -146,6 +146,8 @@ def _own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Ge
     count = len(source.train)
     known = np.full(len(rows), -1, dtype=np.int64) if source.meta_rows is None else source.meta_rows[rows]
     pool_ids = np.setdiff1d(np.arange(count), known)
+    if (known >= 0).any():  # a training list may name an image several times
+        pool_ids = pool_ids[~np.isin(rows_among(train, train)[pool_ids], known)]
     shared = twins(meta.images, rows, train, pool_ids)
     if shared is None:
         _warn_unchecked(source.name)

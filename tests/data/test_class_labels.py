@@ -204,7 +204,7 @@ def test_cleanlabs_columns(twelve):
             [("train/3/1.png", "7"), ("3/1.png", "7")],
             r"which is no training image \(1 of 2 are none\): write paths as in .*train/0/0",
         ),
-        ([("train/3/1.png", "7"), ("train/3/./1.png", "8")], "has two rows for .* in row 3: delete one"),
+        ([("train/3/1.png", "7"), ("train/3/./1.png", "8")], "has two labels for .* in row 3: delete one"),
         ([("train/3/1.png", "")], "row 2: it has no label"),
         ([("train/3/1.png", "wasp")], "the label 'wasp' in row 2 is neither"),
     ],

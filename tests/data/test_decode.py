@@ -45,10 +45,26 @@ def test_fractions_that_do_not_fill_their_range_are_not_stretched():
     assert np.asarray(decode_rgb(tiff(np.full((4, 4), 7_000, np.int32)))).max() == 0  # one value has no range
 
 
-def test_a_16_bit_png_loses_its_lower_bits():
-    out = io.BytesIO()
-    Image.fromarray(np.round(RAMP * 65535).astype(np.uint16)).save(out, "PNG")
-    assert np.abs(np.asarray(decode_rgb(out.getvalue()))[..., 0].astype(int) - BYTES).max() <= 1
+@pytest.mark.parametrize("high", [1.0000001, 1.02])
+def test_fractions_that_overshoot_are_fractions(high):
+    pixels = np.asarray(decode_rgb(tiff((RAMP * high).astype(np.float32))))[..., 0]
+    assert np.abs(pixels.astype(int) - BYTES).max() <= 6
+
+
+def test_small_floats_are_not_cut_off_as_bytes():
+    assert len(np.unique(np.asarray(decode_rgb(tiff((RAMP * 3.2).astype(np.float32)))))) > 60
+
+
+@pytest.mark.parametrize("share", [1, 0.25, 0.003])
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_16_bits_lose_their_lower_bits(kind, share):
+    values, out = np.round(RAMP * share * 65535).astype(np.uint16), io.BytesIO()
+    if kind == "PNG":
+        Image.fromarray(values).save(out, kind)
+    else:
+        out.write(b"P5 8 8 65535\n" + values.astype(">u2").tobytes())
+    pixels = np.asarray(decode_rgb(out.getvalue()))[..., 0]
+    assert np.array_equal(pixels, values // 256)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -451,9 +451,9 @@ def test_an_animal_without_a_label(tmp_path):
 def test_names_and_numbers_do_not_mix(tmp_path):
     layout, settings = made(tmp_path, list_csv, dataset="list")
     layout.text("test.txt", ["1, of all.jpg 0"])
-    assert "are numbers and those of" in refused(settings)
+    assert "are numbers and those of" in refused({**settings, "test_list": "test.txt"})
     layout.text("test.csv", ["path,label", '"1, of all.jpg",wasp'])
-    (layout.root / "test.txt").unlink()
+    settings = {**settings, "test_list": "test.csv"}
     source = load_source(resolve(Config, **settings))
     assert source.classes == ["ant", "bee", "wasp"]  # a run would refuse it: wasp has no training images
     layout.text("classes.txt", ["ant", "bee"])

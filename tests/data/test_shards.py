@@ -143,3 +143,12 @@ def test_val_shards_beside_test_shards(tmp_path):
         tar(tmp_path / f"{part}-0.tar", [("a.jpg", part.encode()), ("a.cls", b"%d" % (number % 2))])
     source = load_source(resolve(Config, dataset="webdataset", data_root=str(tmp_path)))
     assert [part.images.encoded(0) for part in (source.train, source.test, source.val)] == [b"train", b"test", b"val"]
+
+
+@pytest.mark.parametrize("name", ["train-val-000.tar", "pets-test-run-train-000.tar"])
+def test_a_shard_of_two_parts_is_named(tmp_path, name):
+    members = [("a.jpg", encoded(photo(12, 12), "JPEG")), ("a.cls", b"0")]
+    for file in (name, "train-0.tar", "test-0.tar", "val-0.tar"):
+        tar(tmp_path / file, members)
+    with pytest.raises(UserError, match=f"The name of the shard .*{name} holds train and (val|test)"):
+        load_source(resolve(Config, dataset="webdataset", data_root=str(tmp_path)))

@@ -300,3 +300,148 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path):
     ):
         assert kind in note
     assert prepare(source, resolve(Config, dataset="imagefolder", meta_per_class=1), 0).notes == (note,)
+
+
+# One image by several ways of writing its path
+
+
+def written(root, part, kind):
+    """Return what ``kind`` of path a list has before <class>/000N.jpg of ROOT/<part>."""
+    return {"absolute": f"{root}/{part}/", "up": f"../{root.name}/{part}/", "plain": f"{part}/"}[kind]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("mine", ["absolute", "up", "plain"])
+@pytest.mark.parametrize("theirs", ["absolute", "up", "plain"])
+def test_an_image_is_known_by_any_way_of_writing_its_path(tmp_path, theirs, mine, linked):
+    root = tmp_path / "root"
+    fill(root)
+    if linked:
+        for part in ("train", "test"):
+            shutil.move(root / part / "bee", tmp_path / f"bee_{part}")
+            (root / part / "bee").symlink_to(tmp_path / f"bee_{part}")
+    for part in ("train", "test"):
+        lines(root, part, 8, written(root, part, theirs))
+    meta = root / "trusted.txt"
+    meta.write_text("".join(f"{written(root, 'train', mine)}{name}/0003.jpg {label}\n" for label, name in enumerate(CLASSES)))
+    data = prepared(root, meta_list=str(meta))
+    assert (len(data.train_ids), data.meta_ids.tolist()) == (21, [3, 11, 19])
+    meta.write_text(f"{written(root, 'test', mine)}bee/0003.jpg 1\n")
+    with pytest.raises(UserError, match="is a test image"):
+        prepared(root, meta_list=str(meta))
+    labels = tmp_path / "labels.csv"
+    labels.write_text(f"path,label\n{written(root, 'train', mine)}bee/0001.jpg,cat\n")
+    if mine != "up":  # those are relative to the root here
+        found = load_source(resolve(Config, dataset="list", data_root=str(root)))
+        (root / "classes.txt").write_text("\n".join(CLASSES))
+        data = prepared(root, labels=str(labels), meta_per_class=2)
+        assert torch.nonzero(data.labels != found.train.labels).flatten().tolist() in ([9], [])
+        assert int(data.labels[9]) in (1, 2)
+
+
+def test_an_image_that_the_training_list_names_twice(tmp_path):
+    fill(tmp_path)
+    lines(tmp_path, "train", 8)
+    lines(tmp_path, "test", 8)
+    with open(tmp_path / "train.txt", "a") as file:
+        file.write("ant/0003.jpg 0\nbee/0000.jpg 1\n")
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    trusted = tmp_path / "trusted.txt"
+    trusted.write_text("".join(f"train/{name}/0003.jpg {label}\n" for label, name in enumerate(CLASSES)))
+    data = prepared(tmp_path, meta_list=str(trusted))
+    assert not {3, 24} & set(data.train_ids.tolist())  # the other row of the trusted image is out, too
+    labels = tmp_path / "labels.csv"
+    labels.write_text("path,label\nbee/0000.jpg,cat\nbee/0000.jpg,cat\n")
+    data = prepared(tmp_path, meta_list=str(trusted), labels=str(labels))
+    assert data.labels[[8, 25]].tolist() == [2, 2]
+    labels.write_text("path,label\nbee/0000.jpg,cat\nbee/0000.jpg,ant\n")
+    with pytest.raises(UserError, match=r"two labels for bee/0000.jpg, one in row 2 and one in row 3"):
+        prepared(tmp_path, meta_list=str(trusted), labels=str(labels))
+
+
+def test_a_trusted_image_with_two_labels(tmp_path):
+    fill(tmp_path, ("train", "test", "extra"))
+    lines(tmp_path, "train", 8, "train/")
+    lines(tmp_path, "test", 8, "test/")
+    (tmp_path / "meta.txt").write_text("".join(f"extra/{name}/0003.jpg {n}\n" for n, name in enumerate(CLASSES)))
+    prepared(tmp_path)
+    with open(tmp_path / "meta.txt", "a") as file:
+        file.write("./extra/ant/0003.jpg 2\n")
+    with pytest.raises(UserError, match="named twice as an image of the meta-set, with two labels"):
+        prepared(tmp_path)
+
+
+def test_trusted_images_written_as_the_training_images_are(tmp_path):
+    fill(tmp_path)
+    lines(tmp_path, "train", 8)
+    lines(tmp_path, "test", 8)
+    trusted = tmp_path / "trusted.txt"
+    trusted.write_text("".join(f"{name}/0003.jpg {label}\n" for label, name in enumerate(CLASSES)))
+    assert prepared(tmp_path, meta_list=str(trusted)).meta_ids.tolist() == [3, 11, 19]
+
+
+# Two lists that may be meant
+
+
+def test_the_split_of_a_csv_comes_before_a_list_that_nobody_named(tmp_path):
+    fill(tmp_path)
+    rows = [f"{part}/{name}/{n:04}.jpg,{name},{part}" for part in ("train", "test") for name in CLASSES for n in range(8)]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
+    (tmp_path / "test.csv").write_text("ImageId\n1\n")
+    source = load(tmp_path, train_list=str(tmp_path / "all.csv"))
+    assert len(source.test) == 24
+    assert any("test.csv is not read" in note for note in source.notes)
+
+
+def test_a_list_here_and_one_in_the_root(tmp_path, monkeypatch):
+    root = fill(tmp_path / "root")
+    lines(root, "train", 8)
+    lines(root, "test", 8)
+    monkeypatch.chdir(root)
+    assert len(load(root, train_list="train.txt").train) == 24
+    monkeypatch.chdir(tmp_path)
+    assert len(load(root, train_list="train.txt").train) == 24
+    lines(tmp_path, "train", 2)
+    with pytest.raises(UserError, match=r"two lists train.txt, here and in"):
+        load(root, train_list="train.txt")
+
+
+def test_names_that_are_digits_are_names_in_every_list(tmp_path):
+    classes = ("747", "A320")
+    fill(tmp_path, classes=classes)
+    for part, some in (("train", classes), ("test", classes), ("meta", classes[:1])):
+        rows = [f"{'train' if part == 'meta' else part}/{name}/{n:04}.jpg,{name}" for name in some for n in range(3)]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,label", *rows]))
+    source = load(tmp_path)
+    assert source.classes == list(classes)
+    assert source.meta.labels.tolist() == [0, 0, 0]
+
+
+def test_labels_of_val_images_are_looked_at(tmp_path):
+    fill(tmp_path, ("train", "test", "val"))
+    for part in ("train", "test", "val"):
+        lines(tmp_path, part, 8)
+    source = load(tmp_path)
+    source.val.labels[0] = 3
+    with pytest.raises(UserError, match="the val label at position 0 is 3, and there are 3 classes"):
+        prepare(source, resolve(Config, dataset="list", meta_per_class=2), 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"),
+    [
+        ("photo", "0001.jpg 0000.jpg 0002.jpg"),
+        ("", "2 0 1"),
+        ("Unnamed: 0", "7 3 5"),
+    ],
+)
+def test_a_column_that_seems_to_say_which_image_is_not_passed_over(tmp_path, header, cells):
+    fill(tmp_path, count=3)
+    labels = tmp_path / "labels.csv"
+    rows = cells.split() * 3 if header == "photo" else [str(3 * n + int(cell)) for n in range(3) for cell in cells.split()]
+    rows = [f"{place}{cell}" for place, cell in enumerate(rows)] if header == "photo" else rows
+    labels.write_text("\n".join([f"{header},label", *(f"{row},ant" for row in rows)]))
+    with pytest.raises(UserError, match="seems to say which image a row is about"):
+        prepared(tmp_path, "imagefolder", labels=str(labels), meta_per_class=1)
+    labels.write_text("\n".join(["row,score,label", *(f"{row},0.{row},ant" for row in range(9))]))
+    assert prepared(tmp_path, "imagefolder", labels=str(labels), meta_per_class=1).labels.sum() >= 0

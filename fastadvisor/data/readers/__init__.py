@@ -89,7 +89,14 @@ def trusted(source: Source) -> Source:
                 f"({len(among)} of {len(meta)} are): a run must not learn from what it is "
                 f"{'tested' if part == 'test' else 'chosen'} on; name other images."
             )
-    rows = rows_among(meta.images, source.train.images)
+    rows, first = rows_among(meta.images, source.train.images), rows_among(meta.images, meta.images)
+    again = np.flatnonzero((first >= 0) & (first != np.arange(len(meta))))
+    differ = again[(meta.labels[again] != meta.labels[first[again]]).numpy()]
+    if len(differ):
+        raise UserError(
+            f"{meta.images.name(int(differ[0]))} is named twice as an image of the meta-set, with two labels: leave one of "
+            "them out."
+        )
     inside = rows[rows >= 0]
     if not len(inside):
         return source

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -56,10 +57,12 @@ def read(config: DataConfig) -> Source:
     files = {part: _find(root, part, name) for part, name in named.items()}
     if files["train"] is None:
         raise UserError(f"There is no train.txt or train.csv in {root}: name the list with --train-list, {HOW}.")
-    parts = _parts(files["train"], "train")
+    parts, unread = _parts(files["train"], "train"), []
     for part in ("meta", "test", "val"):
         file = files[part]
-        if file is not None:
+        if file is not None and part in parts and named[part] is None:
+            unread.append(f"The column split of {files['train']} has {part} images, so {file} is not read.")
+        elif file is not None:
             parts[part] = _parts(file, part)[part]
     folders = {part: part for part in parts}
     if "test" not in parts and "val" in parts:
@@ -70,14 +73,15 @@ def read(config: DataConfig) -> Source:
             "a list with --test-list."
         )
     classes, numbers, notes = _classes(root, parts)
-    splits = {
-        name: Split(images_below(root, part.paths, folders[name], part.file), torch.from_numpy(numbers[name]))
-        for name, part in parts.items()
-    }
-    train, test, meta, val = (splits.get(part) for part in ("train", "test", "meta", "val"))
-    assert train is not None
-    assert test is not None
-    return Source("list", classes, train, test, mean=MEAN, std=STD, meta=meta, val=val, notes=notes)
+    images = {"train": images_below(root, parts["train"].paths, "train", parts["train"].file)}
+    for name in parts.keys() - {"train"}:  # trusted images may be training images, written as these are
+        last = [images["train"].root] if name == "meta" else []
+        images[name] = images_below(root, parts[name].paths, folders[name], parts[name].file, last=last)
+    splits = {name: Split(images[name], torch.from_numpy(numbers[name])) for name in parts}
+    meta, val = splits.get("meta"), splits.get("val")
+    return Source(
+        "list", classes, splits["train"], splits["test"], mean=MEAN, std=STD, meta=meta, val=val, notes=(*notes, *unread)
+    )
 
 
 def with_meta_list(source: Source, config: DataConfig) -> Source:
@@ -101,9 +105,14 @@ def with_meta_list(source: Source, config: DataConfig) -> Source:
 def _find(root: Path, part: str, named: str | None) -> Path | None:
     """Return the list of ``part``: the one that is named, from here or from the root, or one by its usual name."""
     if named is not None:
-        for path in (Path(named), root / named):
-            if path.is_file():
-                return path
+        found = [path for path in dict.fromkeys((Path(named), root / named)) if path.is_file()]
+        if len(found) > 1 and not found[0].samefile(found[1]):
+            raise UserError(
+                f"There are two lists {named}, here and in {root}: name the one that is meant in full, as in "
+                f"--{part}-list {shlex.quote(str(found[1]))} or --{part}-list {shlex.quote(str(found[0].absolute()))}."
+            )
+        if found:
+            return found[0]
         raise UserError(f"There is no list {named}: check --{part}-list.")
     return next((root / name for name in DEFAULTS[part] if (root / name).is_file()), None)
 
@@ -150,9 +159,13 @@ def _classes(root: Path, parts: dict[str, _Part]) -> tuple[list[str], dict[str, 
         counted = (np.array([of_name[name] for name in part.names], dtype=np.int64)[part.labels] for part in parts.values())
         classes = [str(number) for number in range(number_of_classes(counted))]
     else:
-        by_number = [part for part in parts.values() if all(_is_number(name) for name in part.names)]
+        by_name = next(part for part in parts.values() if not all(_is_number(name) for name in part.names))
+        by_number = [
+            part
+            for part in parts.values()
+            if all(_is_number(name) for name in part.names) and not set(part.names) <= set(by_name.names)
+        ]
         if by_number:
-            by_name = next(part for part in parts.values() if not all(_is_number(name) for name in part.names))
             raise UserError(
                 f"The labels of {by_number[0].file} are numbers and those of {by_name.file} names: write them alike."
             )

@@ -87,6 +87,7 @@ def images_below(
     listed: object,
     folders: Sequence[Path | str] = (),
     *,
+    last: Sequence[Path] = (),
     anywhere: bool = False,
 ) -> FileImages:
     """Return the images of ``paths``, which are relative to ``root``, or to the folder of their own part in it.
@@ -100,6 +101,7 @@ def images_below(
         part: train, meta, test or val.
         listed: what to call the list in messages.
         folders: further places that the data set's layout has for this part, in ``root`` or elsewhere.
+        last: where they may lie if they are in none of these.
         anywhere: whether the images may lie in any other folder right beneath ``root``, too.
 
     Raises:
@@ -113,11 +115,10 @@ def images_below(
     if anywhere:
         tried += [folder for folder in _folders(root) if folder.name.lower() not in others]
     some = [paths[row] for row in np.linspace(0, len(paths) - 1, PROBED, dtype=np.int64).tolist()]
-    found: list[Path] = []
-    for folder in dict.fromkeys(tried):
-        there = next((path for path in some if os.path.exists(os.path.join(folder, path))), None)
-        if there is not None and not any(_same(one / there, folder / there) for one in found):
-            found.append(folder)
+    found = _holding(some, tried)
+    if not found:
+        tried += last
+        found = _holding(some, last)
     if not found:
         places = " nor in ".join(str(folder) for folder in dict.fromkeys(tried))
         raise UserError(
@@ -130,6 +131,16 @@ def images_below(
             f"write their paths relative to {root}, as in {os.path.relpath(found[1] / some[0], root)}."
         )
     return FileImages(found[0], paths)
+
+
+def _holding(paths: Sequence[str], folders: Iterable[Path]) -> list[Path]:
+    """Return those of ``folders`` that one of ``paths`` is in; of several ways to the same file one."""
+    found: list[Path] = []
+    for folder in dict.fromkeys(folders):
+        there = next((path for path in paths if os.path.exists(os.path.join(folder, path))), None)
+        if there is not None and not any(_same(one / there, folder / there) for one in found):
+            found.append(folder)
+    return found
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -63,6 +63,15 @@ def read(config: DataConfig) -> Source:
     shards = {part: _shards(root, words) for part, words in FOLDERS.items()}
     if not shards["test"]:
         shards["test"], shards["val"] = shards["val"], []
+    parts: dict[Path, str] = {}
+    for part, files in shards.items():
+        for file in files:
+            if file in parts:
+                raise UserError(
+                    f"The name of the shard {file} holds {parts[file]} and {part}, and which it belongs to is not to be "
+                    "guessed: rename it, or put it into a folder of its part."
+                )
+            parts[file] = part
     for part in ("train", "test"):
         if not shards[part]:
             raise UserError(f"There are no {part} shards in {root}: name them as {part}-000.tar, or put them into {part}/.")
