@@ -16,6 +16,7 @@ from fastadvisor.runtime.console import tell
 from fastadvisor.runtime.run_folder import check_writable
 from fastadvisor.runtime.timer import median
 from fastadvisor.trainer import Trainer
+from fastadvisor.watch import NonFiniteError
 
 ITERATIONS = 10
 
@@ -79,14 +80,25 @@ def rehearse(trainer: Trainer) -> DryRun:
 
 
 def iterate(trainer: Trainer, count: int) -> list[float]:
-    """Take ``count`` training steps and return the seconds of each, waiting for the device."""
+    """Take ``count`` training steps and return the seconds of each, waiting for the device.
+
+    Raises:
+        UserError: something in one of them is not finite.
+    """
     times = []
     phase = trainer.phases[0]
     trainer.model.train()
     for index in range(count):
         began = time.perf_counter()
         trainer.set_lr(phase, index)
-        trainer.step(*trainer.batches(phase))
+        try:
+            trainer.step(*trainer.batches(phase))
+            if trainer.step.watch is not None:
+                trainer.step.watch.settle()
+        except NonFiniteError as error:
+            raise UserError(
+                f"Iteration {trainer.step.iteration} of the dry run: {error.name} is not finite; lower --lr or --advisor-lr."
+            ) from None
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)
         times.append(time.perf_counter() - began)

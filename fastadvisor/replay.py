@@ -18,6 +18,7 @@ from fastadvisor.data import Batch
 from fastadvisor.errors import UserError
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
+from fastadvisor.optimizers import load_state
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, memory_format, pick_device
@@ -158,10 +159,10 @@ def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Pa
     if method.advisor is not None:
         method.advisor.to(device)
     step = build_step(config, model, method, execution, shape)
-    step.optimizer.load_state_dict(state["optimizer"])
+    load_state(step.optimizer, state["optimizer"])
     if method.advisor is not None and step.advisor_optimizer is not None:
         checkpoint.load_model_state(method.advisor, state["advisor"], path)
-        step.advisor_optimizer.load_state_dict(state["advisor_optimizer"])
+        load_state(step.advisor_optimizer, state["advisor_optimizer"])
     step.engine.load_state_dict(state["engine"])
     execution.load_state_dict(state["execution"])
     step.iteration = state["iteration"] - 1
@@ -182,6 +183,8 @@ def _take(step: Step, state: dict[str, Any], train: Batch, meta: Batch | None) -
     with before.replayed(), _listening(modules, peaks):
         try:
             step(train, meta)
+            if step.watch is not None:
+                step.watch.settle()
         except NonFiniteError as error:
             name = error.name
     first = next((module for module, peak in peaks if not abs(peak) < float("inf")), None)

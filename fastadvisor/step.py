@@ -265,4 +265,5 @@ class Step:
         shared.tape = Tape() if plan.record and not self.model.compiled else None
         with shared.start.random_state.replayed(), self.model.frozen_statistics(), self.execution():
             shared.features, shared.at_cut = self._features(shared.batch, plan, shared.tape)
-        shared.loss_pre = self._loss_pre(shared.features, shared.batch)
+        with shared.head_again(self.model):
+            shared.loss_pre = self._loss_pre(shared.features, shared.batch)

@@ -25,7 +25,7 @@ from fastadvisor.metagrad import ValidatedEngine
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
-from fastadvisor.optimizers import WeightAverage
+from fastadvisor.optimizers import WeightAverage, load_state
 from fastadvisor.progress import Progress
 from fastadvisor.runtime import checkpoint, memory
 from fastadvisor.runtime.console import note, tell
@@ -431,12 +431,12 @@ class Trainer:
         checkpoint.load_model_state(self.model.model, state["model"], path)
         if (state["advisor"] is None) != (self.method.advisor is None):
             raise UserError(f"{path} is a checkpoint of another method; use the --method it was trained with.")
-        self.step.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.step.optimizer, state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.method.advisor is not None and self.step.advisor_optimizer is not None:
             checkpoint.load_model_state(self.method.advisor, state["advisor"], path)
-            self.step.advisor_optimizer.load_state_dict(state["advisor_optimizer"])
+            load_state(self.step.advisor_optimizer, state["advisor_optimizer"])
         self.step.iteration = state["iteration"]
         if self.step.watch is not None:
             self.step.watch.skipped = state["skipped"]

@@ -47,6 +47,7 @@ class _Peaks(NamedTuple):
     values: Tensor
 
     @classmethod
+    @torch.no_grad()  # a graph would hold the advisor's activations until the peaks are read
     def of(cls, tensors: Mapping[str, Tensor | None]) -> "_Peaks":
         named = {name: value for name, value in tensors.items() if value is not None}
         peaks = torch._foreach_norm(list(named.values()), torch.inf)

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LinearLR
 from fastadvisor import optimizers
 from fastadvisor.config import Config, OptimizerConfig
 from fastadvisor.errors import UserError
-from fastadvisor.optimizers import build_optimizer, check_optimizer
+from fastadvisor.optimizers import build_optimizer, check_optimizer, load_state
 from fastadvisor.runtime.environment import optional_parts
 from fastadvisor.schedule import learning_rate
 
@@ -225,3 +225,26 @@ def test_warm_up_is_torchs_linear_one(warmup):
         optimizer.step()
         scheduler.step()
     assert learning_rate(config, 0, 25, 0) == learning_rate(config, 0, 25, 1) == 0.3
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, True), (True, None)])
+def test_a_state_is_loaded_into_the_implementation_that_is_here(before, after):
+    """As where a run is watched in another way, or goes on on another machine."""
+
+    def stepped(fused):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.Adam([parameter], lr=0.1, fused=fused)
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        return parameter, optimizer
+
+    _, old = stepped(before)
+    parameter, optimizer = stepped(after)
+    load_state(optimizer, old.state_dict())
+    assert optimizer.param_groups[0]["fused"] == after
+    assert float(optimizer.state[parameter]["step"]) == 1
+    if after:
+        optimizer.found_inf = torch.ones(())
+        kept = parameter.detach().clone()
+        optimizer.step()
+        assert torch.equal(parameter, kept)

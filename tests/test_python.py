@@ -65,6 +65,11 @@ def test_a_dry_run_says_what_a_run_would_take(tmp_path, capsys, monkeypatch):
     assert found.sentence() in capsys.readouterr().out
 
 
+def test_a_dry_run_that_meets_bad_numbers_says_so():
+    with pytest.raises(UserError, match=r"Iteration \d+ of the dry run: .* is not finite; lower --lr"):
+        fastadvisor.train(**{**SHORT, "lr": 1e30}, dry_run=True)
+
+
 def test_without_progress_nothing_is_printed(tmp_path, capfd):
     """Not a line: neither of a run, nor of a dry one, nor of a comparison."""
     fastadvisor.train(**SHORT, progress=False, output=tmp_path / "run")

@@ -68,6 +68,7 @@ def test_auto_begins_again_what_was_cut_off_before_its_first_save(tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             fastadvisor.train(output=str(run), epochs=2, resume="auto", **QUIET)
     assert {path.name for path in run.iterdir()} == {"config.yaml", "run.json"}
+    (run / "best.pt").write_bytes(b"the first save writes it before last.pt")
     fastadvisor.train(output=str(run), epochs=2, resume="auto", **QUIET)
     fastadvisor.train(output=str(whole), epochs=2, **QUIET)
     same(whole, run)

@@ -215,6 +215,11 @@ def test_a_command_names_no_flag_that_it_lacks(place, capsys, command):
     assert "or try --checkpoint best" in err
 
 
+def test_a_path_that_looks_like_a_flag_is_a_path(place, capsys):
+    assert cli.main(["evaluate", "nosuch--lr/x"]) == 2
+    assert "nosuch--lr/x is not a run folder" in capsys.readouterr().err
+
+
 def test_replay_names_no_flag_that_it_lacks(place, capsys):
     Path("run").mkdir()
     assert cli.main(["replay", "run"]) == 2

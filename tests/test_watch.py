@@ -403,6 +403,8 @@ def test_a_deferred_watch_stops_an_iteration_later_and_the_weights_are_as_before
     assert saved["optimizer"]["param_groups"][0]["lr"] == optimizer["param_groups"][0]["lr"]
     found = replay(tmp_path / "run", device="cpu")
     assert (found["iteration"], found["said"], found["found"], found["first"]) == (iteration, says, says, first)
+    monkeypatch.setattr(assembly, "defers", lambda config, execution: True)  # as a replay on a GPU
+    assert replay(tmp_path / "run", device="cpu")["found"] == says
     assert checkpoint.load(tmp_path / "run" / "last.pt")["iteration"] == 4  # the older one is left alone
 
 

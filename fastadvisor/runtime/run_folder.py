@@ -113,7 +113,7 @@ class RunFolder:
             found = {name for name in RUN_FILES if (folder.path / name).is_file()}
         except OSError as error:
             raise UserError(f"Output folder {output} cannot be read ({error.strerror}); check --output.") from None
-        if "last.pt" not in found and not {"config.yaml"} <= found <= {"config.yaml", "metrics.jsonl", "run.json"}:
+        if "last.pt" not in found and not {"config.yaml"} <= found <= {"config.yaml", "metrics.jsonl", "run.json", "best.pt"}:
             way = "choose another --output" if found else "check --output, or drop --resume"
             raise UserError(f"There is no last.pt in {output} to resume from; {way}.")
         folder.check_settings(config, but=LENGTH)

@@ -415,16 +415,16 @@ def test_a_backbone_without_a_forward_mode_derivative_is_refused(operation):
         task.gradient(ForwardEngine(plain))
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["own", "behind"])
+@pytest.mark.parametrize("kind", [{}, {"behind": True}, {"lean": True}], ids=["own", "behind", "lean"])
 @pytest.mark.parametrize("head", ["spectral-norm", "spectral-norm-hook"])
-def test_a_spectral_normalisation_iterates_once_an_iteration(head, behind):
+def test_a_spectral_normalisation_iterates_once_an_iteration(head, kind):
     """As often as in plain training, wherever it is; all passes of the iteration see the same vectors."""
     task = problem(network=head)
     alone = copy.deepcopy(task.model)
     alone.train()
     alone(task.train.images)
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
-    step = Step(task.model, task.method, optimizer, None, ForwardEngine(plain), plain, behind=behind)
+    step = Step(task.model, task.method, optimizer, None, ForwardEngine(plain), plain, **kind)
     step(task.train, task.meta)
     vectors = [name for name, _ in alone.named_buffers() if name.endswith(("_u", "_v"))]
     assert len(vectors) == 2
