@@ -347,6 +347,7 @@ def resolve(kind: type[C], config: str | os.PathLike[str] | None = None, /, orig
     layer = read_layer(config) if config is not None else {}
     check_keys(kind, layer, f" in {config}")
     check_keys(kind, overrides, origin)
+    layer = moved(layer, overrides.get("data_root"))
     dataset = overrides.get("dataset", layer.get("dataset", DataConfig.dataset))
     base = read_layer(dataset) if dataset in recipes.names() else {}
     values = {**base, **without_noise(layer), **without_noise(overrides)}
@@ -414,6 +415,19 @@ def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         inside = os.path.join(local(values.get("data_root") or "."), path)
         whole[key] = os.path.abspath(inside if key in LISTS and not os.path.isfile(path) and os.path.isfile(inside) else path)
+    return whole
+
+
+def moved(values: Mapping[str, Any], data_root: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Return settings for a data set that lies in ``data_root`` now: lists that lay inside its old root, and are there, too."""
+    old, whole = values.get("data_root"), dict(values)
+    if not isinstance(old, str) or data_root is None:
+        return whole
+    for key in (*LISTS, "labels"):
+        path = values.get(key)
+        if isinstance(path, str) and path.startswith(f"{old.rstrip(os.sep)}{os.sep}"):
+            there = os.path.join(os.path.abspath(local(data_root)), os.path.relpath(path, old))
+            whole[key] = there if os.path.isfile(there) else path
     return whole
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from fastadvisor.config import Config, absolute, to_dict
+from fastadvisor.config import Config, absolute, moved, to_dict
 from fastadvisor.errors import UserError, cannot_write
 from fastadvisor.runtime import checkpoint
 
@@ -150,8 +150,8 @@ class RunFolder:
         Raises:
             UserError: a setting that touches the numbers differs (named with both values).
         """
-        before = absolute(self._read_config())
         now = absolute(yaml.safe_load(yaml.safe_dump(to_dict(config))))
+        before = moved(absolute(self._read_config()), now.get("data_root"))
         for key in [*now, *(key for key in before if key not in now)]:
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if key not in (*MAY_DIFFER, *but) and old != new:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastadvisor
 from fastadvisor.config import CheckConfig, Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.data.check import check_data
@@ -445,3 +446,20 @@ def test_a_column_that_seems_to_say_which_image_is_not_passed_over(tmp_path, hea
         prepared(tmp_path, "imagefolder", labels=str(labels), meta_per_class=1)
     labels.write_text("\n".join(["row,score,label", *(f"{row},0.{row},ant" for row in range(9))]))
     assert prepared(tmp_path, "imagefolder", labels=str(labels), meta_per_class=1).labels.sum() >= 0
+
+
+def test_lists_move_with_the_root_they_are_in(tmp_path, monkeypatch):
+    """A run is evaluated and resumed after its data has moved, list and all."""
+    root = fill(tmp_path / "root", classes=CLASSES[:2], count=4)
+    for part in ("train", "test"):
+        lines(root, part, 4, f"{part}/", CLASSES[:2])
+    (root / "train.txt").rename(root / "mine.txt")
+    settings = {"dataset": "list", "train_list": "mine.txt", "model": "resnet8", "method": "ce", "batch_size": 4}
+    settings |= {"meta_per_class": 1, "progress": False, "tensorboard": False, "device": "cpu"}
+    run = tmp_path / "run"
+    fastadvisor.train(data_root=str(root), epochs=1, schedule="constant", output=str(run), **settings)
+    root.rename(tmp_path / "moved")
+    before = fastadvisor.evaluate(run, data_root=tmp_path / "moved")
+    assert before["top1"] >= 0
+    fastadvisor.train(str(run / "config.yaml"), data_root=tmp_path / "moved", output=run, resume=True, epochs=2, progress=False)
+    assert fastadvisor.evaluate(run)["top1"] >= 0  # from where it lies now
