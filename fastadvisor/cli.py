@@ -292,7 +292,9 @@ def speaking_of(parser: Parser, run: str) -> Iterator[None]:
     except UserError as error:
         parts = re.split(r"(\(fastadvisor [^)]*\)|'fastadvisor [^']*')", str(error))  # commands, which have flags of their own
         raise UserError(
-            "".join(p if at % 2 else re.sub(r"(?<![\w/.-])--[a-z][a-z0-9-]*(?![\w/.])", named, p) for at, p in enumerate(parts))
+            "".join(
+                p if at % 2 else re.sub(r"(?<![\w/.-])--[a-z][a-z0-9-]*(?![\w/]|\.\w)", named, p) for at, p in enumerate(parts)
+            )
         ) from None
 
 
