@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import load_source, prepare, stage
-from fastadvisor.data.types import Batch
+from fastadvisor.datasets import load_source, prepare
+from fastadvisor.loading import stage
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers
 from fastadvisor.metagrad import forward as forward_module
 from fastadvisor.models import Layer, cut_at, layers_of

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.peers import Higher, Textbook, TorchOpt
 from fastadvisor.config import MetaConfig, MethodConfig, ModelConfig, OptimizerConfig
-from fastadvisor.data.types import Batch
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, ForwardEngine, ReferenceEngine, build_engine, meta_schedule
 from fastadvisor.methods import METHODS, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model

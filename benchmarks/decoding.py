@@ -21,10 +21,10 @@ import torch
 from benchmarks.loaders import SIZE
 from benchmarks.photos import write_benchmark_set
 from benchmarks.tables import about, command, publish
-from fastadvisor.data.decode import decode_rgb
-from fastadvisor.data.geometry import DRAWS, Geometry
-from fastadvisor.data.jpeg import plain_jpeg_size
-from fastadvisor.data.loaders import dali
+from fastadvisor.loading.backends import dali
+from fastadvisor.loading.decode import decode_rgb
+from fastadvisor.loading.geometry import DRAWS, Geometry
+from fastadvisor.loading.jpeg import plain_jpeg_size
 
 IMAGES, BATCH = 512, 64
 

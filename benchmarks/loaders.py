@@ -25,8 +25,9 @@ from torch import Tensor
 from benchmarks.photos import write_benchmark_set
 from benchmarks.tables import about, command, publish
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import TrainingData, build_loaders, load_source, prepare
-from fastadvisor.data.loaders import Loaders, dali
+from fastadvisor.datasets import TrainingData, load_source, prepare
+from fastadvisor.loading import Loaders, build_loaders
+from fastadvisor.loading.backends import dali
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import cpu_cores
 from fastadvisor.runtime.precision import pick_device

@@ -24,7 +24,8 @@ from benchmarks.tables import about, command, place, publish
 from fastadvisor.assembly import build_step
 from fastadvisor.cli import parse_config
 from fastadvisor.config import Config
-from fastadvisor.data import Batch, load_source, prepare, stage
+from fastadvisor.datasets import load_source, prepare
+from fastadvisor.loading import Batch, stage
 from fastadvisor.methods import METHODS, build_method
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import pick_device

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.loaders import Setting
 from benchmarks.photos import write_benchmark_set
 from benchmarks.tables import about, command
-from fastadvisor.data.loaders import dali
+from fastadvisor.loading.backends import dali
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import cpu_cores
 from fastadvisor.runtime.precision import pick_device

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.kernels.timing import synchronize
 from benchmarks.loaders import CEILING, LOOP, NAMES, WARM_UP, Setting, fault, pillow_batches, trained
 from benchmarks.photos import write_benchmark_set
-from fastadvisor.data.loaders import dali
+from fastadvisor.loading.backends import dali
 from fastadvisor.runtime.environment import cpu_cores
 from fastadvisor.runtime.precision import pick_device
 

@@ -21,7 +21,8 @@ from benchmarks.contenders import CLASSES, SIDE
 from benchmarks.step import Cycle, interleaved
 from benchmarks.tables import about, command, place, publish
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import Batch, load_source, prepare, stage
+from fastadvisor.datasets import load_source, prepare
+from fastadvisor.loading import Batch, stage
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import RunFolder

@@ -47,7 +47,7 @@ class DataConfig:
     """Which images, and what is done to their labels (method.md, "Data protocols"; paper 4.1)."""
 
     dataset: Dataset = "digits"
-    """Data set. digits comes along; the others are read from --data-root (layouts: fastadvisor/data/README.md)."""
+    """Data set. digits comes along; the others are read from --data-root (layouts: fastadvisor/datasets/README.md)."""
     data_root: str | None = None
     """Folder of the data set. imagefolder: ROOT/train/<class>, ROOT/test/<class> and, if you have it, ROOT/meta/<class>."""
     variant: str | None = None

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.data import Batch, TrainingData, build_test_loader
+from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import UserError
+from fastadvisor.loading import Batch, build_test_loader
 from fastadvisor.runtime import memory
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, pick_device

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastadvisor.config import Config
-from fastadvisor.data import TrainingData, build_test_loader
+from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import UserError, cannot_write, nearest
+from fastadvisor.loading import build_test_loader
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime import memory

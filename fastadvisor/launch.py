@@ -12,8 +12,10 @@ import torch
 
 from fastadvisor import rehearsal
 from fastadvisor.config import Config, configured
-from fastadvisor.data import Source, TrainingData, load_source, prepare, stage
+from fastadvisor.datasets import Source, TrainingData, load_source, prepare
+from fastadvisor.datasets.fingerprint import fingerprint
 from fastadvisor.errors import Interrupted, OutOfMemoryError, UserError
+from fastadvisor.loading import stage
 from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
@@ -21,7 +23,7 @@ from fastadvisor.optimizers import check_optimizer
 from fastadvisor.rehearsal import DryRun
 from fastadvisor.runtime import allocator, checkpoint, console, memory
 from fastadvisor.runtime.precision import check_kernels, pick_device, tuned_convolutions
-from fastadvisor.runtime.provenance import fingerprint, provenance
+from fastadvisor.runtime.provenance import provenance
 from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.trainer import Trainer, TrainResult

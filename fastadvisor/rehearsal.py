@@ -9,7 +9,7 @@ import torch
 
 from fastadvisor import reporting
 from fastadvisor.config import Config
-from fastadvisor.data import TrainingData
+from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import OutOfMemoryError, UserError
 from fastadvisor.runtime import memory
 from fastadvisor.runtime.console import tell

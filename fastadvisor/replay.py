@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config, to_dict, validated
-from fastadvisor.data import Batch
 from fastadvisor.errors import UserError
+from fastadvisor.loading import Batch
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
 from fastadvisor.optimizers import load_state

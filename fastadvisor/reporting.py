@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastadvisor.config import Config
-from fastadvisor.data import TrainingData
+from fastadvisor.datasets import TrainingData
 from fastadvisor.runtime.timer import median
 
 

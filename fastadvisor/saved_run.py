@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import TrainingData, load_source, prepare
+from fastadvisor.datasets import TrainingData, load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.runtime import checkpoint as checkpoints

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastadvisor.data.types import Batch
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, MetaProblem, Plan, SharedForward, VirtualStep
 from fastadvisor.metagrad.tangent import Recording, Tape
 from fastadvisor.methods import Advice, Method

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from fastadvisor import replay, reporting
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config
-from fastadvisor.data import Batch, EvaluationLoader, Loader, TrainingData, build_loaders
+from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.evaluation import Accuracy, accuracy
+from fastadvisor.loading import Batch, EvaluationLoader, Loader, build_loaders
 from fastadvisor.metagrad import ValidatedEngine
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastadvisor.data import ArrayImages, Split, TrainingData
-from fastadvisor.data.loaders.resident import ResidentEvaluation
+from fastadvisor.datasets import ArrayImages, Split, TrainingData
 from fastadvisor.evaluation import accuracy, many_medium_few
+from fastadvisor.loading.backends.resident import ResidentEvaluation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

@@ -11,17 +11,18 @@ import torch
 
 from benchmarks import precision
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import build_loaders, load_source, prepare
-from fastadvisor.data.loaders import dali
+from fastadvisor.datasets import load_source, prepare
 from fastadvisor.launch import train_config
+from fastadvisor.loading import build_loaders
+from fastadvisor.loading.backends import dali
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.trainer import Trainer
 from fastadvisor_kernels import Bernoulli, backend, mes_cross_entropy, reweight_features, tangent_loss
 from tests.checkpoints import loss_scale
-from tests.data.photos import write_photos
 from tests.distributed.test_equivalence import torchrun
 from tests.kernels.exercise import exercise
 from tests.metagrad.problem import Problem, plain, problem, relative
+from tests.photos import write_photos
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 QUIET = {"progress": False, "tensorboard": False, "device": "cuda"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import load_source, prepare
+from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint

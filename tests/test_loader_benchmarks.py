@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import decoding, loaders, soak
-from fastadvisor.data.loaders import dali, dataloader
+from fastadvisor.loading.backends import dali, dataloader
 
 SMALL = ["--sides", "64", "--workers", "1", "--images", "30", "--batch-size", "4", "--batches", "2", "--rounds", "1"]
 

@@ -6,8 +6,8 @@ import pytest
 
 from fastadvisor import recipes, train
 from fastadvisor.config import Config, resolve
-from tests.data.photos import encoded, photo
-from tests.data.test_layouts import Layout, clothing1m, imagefolder, imagenet_lt, places_lt
+from tests.datasets.test_layouts import Layout, clothing1m, imagefolder, imagenet_lt, places_lt
+from tests.photos import encoded, photo
 
 TABLES = {  # method.md
     "imagenet-lt": {"model": "resnet10", "lr": 0.2, "schedule": "cosine", "epochs": 180, "batch_size": 512},

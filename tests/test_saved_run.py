@@ -128,7 +128,7 @@ def test_the_choice_is_by_val_and_not_by_test(tmp_path, trained, monkeypatch):
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_val_images_by_the_other_loaders(tmp_path, trained, loader):
-    from fastadvisor.data.loaders import dali
+    from fastadvisor.loading.backends import dali
 
     if loader == "dali" and not dali.available():
         pytest.skip("NVIDIA DALI is not installed")

@@ -20,9 +20,10 @@ from PIL import Image
 import fastadvisor
 from fastadvisor import cli
 from fastadvisor.config import CheckConfig, CompareConfig, Config, resolve
-from fastadvisor.data import build_loaders, load_source, prepare, stage
-from fastadvisor.data.loaders import dali, dataloader
+from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
+from fastadvisor.loading import build_loaders, stage
+from fastadvisor.loading.backends import dali, dataloader
 from fastadvisor.runtime import console, memory
 from fastadvisor.trainer import Trainer
 
@@ -410,7 +411,7 @@ def test_too_few_open_files(place, monkeypatch):
 )
 def test_a_file_that_cannot_be_opened_for_want_of_handles_is_not_a_bad_image(place, monkeypatch, loader):
     photos(Path("photos"))
-    from fastadvisor.data.images import FileImages
+    from fastadvisor.datasets.images import FileImages
 
     def fail(self, row):
         raise OSError(24, "Too many open files")

@@ -11,10 +11,10 @@ import fastadvisor
 from fastadvisor import launch
 from fastadvisor import trainer as trainer_module
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import load_source, prepare
-from fastadvisor.data.loaders import dali
+from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.launch import train_config
+from fastadvisor.loading.backends import dali
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.step import Step
 from fastadvisor.trainer import Trainer, step_ms

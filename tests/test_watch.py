@@ -13,7 +13,7 @@ from fastadvisor import assembly, cli, launch, rehearsal
 from fastadvisor import replay as replaying
 from fastadvisor import watch as watching
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import load_source, prepare
+from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.launch import train_config
 from fastadvisor.methods import Advice

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.data.types import Batch
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad.tangent import Tape
 from fastadvisor.methods.base import Advice, Method
 from fastadvisor.models import Cut, Entering, SplitClassifier

@@ -6,7 +6,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from fastadvisor.data.types import Batch
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
 from fastadvisor.models import Cut
 from fastadvisor.runtime.execution import Execution

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastadvisor.data.types import Batch
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.runtime.ranks import ALONE, Ranks

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fastadvisor.config import Config, resolve
-from fastadvisor.data import load_source, prepare
+from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import dropout, linear, normalize
 
 from fastadvisor.config import MethodConfig
-from fastadvisor.data.types import Batch
+from fastadvisor.loading.batch import Batch
 from fastadvisor.methods import Method, build_method
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastadvisor.config import MethodConfig, ModelConfig
-from fastadvisor.data.types import Batch
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model

@@ -1,0 +1,392 @@
+"""``fastadvisor data check``: what a data set holds, before a week of training finds out."""
+
+import csv
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from fastadvisor.config import CheckConfig
+from fastadvisor.datasets.images import ArrayImages, digest_of
+from fastadvisor.datasets.paths import Ints
+from fastadvisor.datasets.protocol import prepare
+from fastadvisor.datasets.types import Source, Split
+from fastadvisor.errors import UserError
+from fastadvisor.loading import unreadable
+from fastadvisor.loading.decode import Unreadable, decode_rgb, read
+from fastadvisor.loading.unreadable import BadImages
+from fastadvisor.runtime.environment import cpu_cores
+
+CHUNK = 256
+"""Images a thread looks at before it reports."""
+
+MOST_CLASSES = 20
+"""That are listed one by one; --output lists all."""
+
+SHOWN = 3
+"""Bad images of a part that the report names; --output lists all."""
+
+MANY, FEW = 100, 20
+"""A class with more images than MANY is many-shot, with fewer than FEW few-shot."""
+
+Digests = NDArray[np.void]
+
+
+@dataclass
+class PartReport:
+    """What one part (training, meta, test) holds."""
+
+    images: int
+    per_class: dict[str, int]
+    imbalance_factor: float | None
+    """Largest class over the smallest; None with an empty class."""
+    missing: int
+    """Files that are not there or empty."""
+    broken: int
+    """Files that cannot be decoded."""
+    unusual: dict[str, int]
+    """Images that are not plain JPEGs under that name, by what they are; they are read all the same."""
+    shorter_side: tuple[int, int, int] | None
+    """Least, median and most, in pixels."""
+    duplicates: int
+    """Images that are there already, byte for byte."""
+
+
+@dataclass
+class Report:
+    """What ``fastadvisor data check`` found."""
+
+    name: str
+    classes: int
+    parts: dict[str, PartReport]
+    conflicts: int
+    """Training images that are there again under another label."""
+    shared: dict[str, int]
+    """Images of the first part that are in the second, too: "meta in training" and so on."""
+    protocol: dict[str, Any] | None
+    """What a run with these settings trains on; None where it would refuse."""
+    problems: list[str]
+    """What a run would refuse, or should."""
+    notes: list[str]
+    """What is worth knowing."""
+    bad: list[BadImages] = field(default_factory=list, repr=False)
+    repeated: list[tuple[int, str, int, int, str]] = field(default_factory=list, repr=False)
+    """(group, part, id, label, name) of every image that is there more than once."""
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a table of the parts."""
+        rows: list[tuple[str, ...]] = [
+            ("part", "images", "per class", "imbalance", "missing", "broken", "duplicates", "shorter side")
+        ]
+        for name, part in self.parts.items():
+            counts = part.per_class.values()
+            sides = "-" if part.shorter_side is None else "{} .. {} .. {}".format(*part.shorter_side)
+            factor = "-" if part.imbalance_factor is None else f"{part.imbalance_factor:.4g}"
+            numbers = (f"{number:,}" for number in (part.missing, part.broken, part.duplicates))
+            rows.append((name, f"{part.images:,}", f"{min(counts):,} .. {max(counts):,}", factor, *numbers, sides))
+        return rows
+
+    def class_rows(self) -> list[tuple[str, ...]]:
+        """Return a table of images a class; of many classes the largest and the smallest by training images."""
+        counts = [part.per_class for part in self.parts.values()]
+        names = list(counts[0])
+        order = list(range(len(names)))
+        if len(names) > MOST_CLASSES:
+            order = sorted(order, key=lambda label: -counts[0][names[label]])
+            order = [*order[: MOST_CLASSES // 2], *order[-MOST_CLASSES // 2 :]]
+        rows: list[tuple[str, ...]] = [("label", "class", *self.parts)]
+        rows += [(str(label), names[label], *(f"{part[names[label]]:,}" for part in counts)) for label in order]
+        if len(names) > MOST_CLASSES:
+            rows.insert(1 + MOST_CLASSES // 2, ("...",) * len(rows[0]))
+        return rows
+
+    def remarks(self) -> list[str]:
+        """Return what else there is to say, a sentence each; the first problem is left to the caller."""
+        lines = []
+        for name, part in self.parts.items():
+            if part.unusual:
+                kinds = ", ".join(f"{count:,} {kind}" for kind, count in part.unusual.items())
+                lines.append(f"Among the {name} images, read all the same: {kinds}.")
+        for found in self.bad:
+            lines += [
+                f"Cannot read {found.images.name(row)} ({found.part}, id {row}): {why}." for row, why in found.first(SHOWN)
+            ]
+        if self.protocol is not None:
+            shots = " / ".join(f"{count:,}" for count in self.protocol["many_medium_few_shot_classes"])
+            lines.append(
+                f"A run with these settings trains on {self.protocol['training']:,} images (imbalance factor "
+                f"{self.protocol['imbalance_factor']:.4g}, many/medium/few-shot classes {shots}, "
+                f"injected noise {self.protocol['noise_rate']:.1%}), with {self.protocol['meta']:,} meta images."
+            )
+        return lines + [f"Note: {note}" for note in self.notes] + [f"Problem: {problem}" for problem in self.problems[1:]]
+
+    def write(self, folder: Path) -> None:
+        """Write ``check.json``, ``bad_images.csv`` and ``duplicates.csv``.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        told = {key: value for key, value in vars(self).items() if key not in ("bad", "repeated")}
+        told["parts"] = {name: vars(part) for name, part in self.parts.items()}
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(("group", "part", "id", "label", "image"))
+        writer.writerows(self.repeated)
+        make_folder(folder)
+        try:
+            for name, text in (
+                ("check.json", json.dumps(told, indent=2)),
+                ("bad_images.csv", unreadable.table(self.bad)),
+                ("duplicates.csv", table.getvalue()),
+            ):
+                (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            raise _cannot_write(folder, error) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report; a UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write the report to {folder} ({error.strerror}): choose another --output.")
+
+
+class _Seen(NamedTuple):
+    """What looking at every image of a part gave."""
+
+    digests: Digests
+    reasons: dict[int, str]
+    unusual: Counter[str]
+    sides: list[int]
+
+
+class _Look(NamedTuple):
+    """What looking at one image gave."""
+
+    digest: bytes
+    reason: str | None = None
+    unusual: tuple[str, ...] = ()
+    side: int | None = None
+
+
+def check_data(source: Source, config: CheckConfig) -> Report:
+    """Look at every image of ``source`` and at what the protocols of ``config`` make of it; each file is read once.
+
+    Args:
+        source: as a reader gives it.
+        config: with ``decode`` off, files are read but not decoded.
+    """
+    splits = {"training": source.train, "meta": source.meta, "test": source.test, "val": source.val}
+    parts = {name: split for name, split in splits.items() if split is not None}
+    seen = {name: _look_at_all(name, split, decode=config.decode) for name, split in parts.items()}
+    counts = {name: _counts(split.labels, len(source.classes)) for name, split in parts.items()}
+    groups = _groups(seen)
+    reports = {
+        name: _part(split, seen[name], dict(zip(source.classes, counts[name].tolist(), strict=True)), groups.of[name])
+        for name, split in parts.items()
+    }
+    report = Report(source.name, len(source.classes), reports, 0, {}, None, [], list(source.notes))
+    for name, split in parts.items():
+        found = BadImages(name, split.images, len(split), config.max_bad_fraction)
+        report.bad.append(found)
+        try:
+            found.add(seen[name].reasons)
+        except UserError as error:
+            report.problems.append(str(error))
+        if counts[name].min() == 0 and name != "meta":
+            first, empty = source.classes[int(counts[name].argmin())], int((counts[name] == 0).sum())
+            line = f"{empty} of {len(source.classes)} classes have no {name} images (first: {first})."
+            (report.problems if name == "training" else report.notes).append(line)
+    _compare_parts(report, parts, groups, source.meta_rows)
+    _apply_protocol(report, source, config, seen["training"].digests)
+    return report
+
+
+def _look_at_all(name: str, split: Split, *, decode: bool) -> _Seen:
+    images, count = split.images, len(split)
+    digests = np.zeros(count, dtype="V16")
+    reasons: dict[int, str] = {}
+    unusual: Counter[str] = Counter()
+    sides: list[int] = []
+
+    def look(start: int) -> list[_Look]:
+        return [_look(split, row, decode=decode) for row in range(start, min(start + CHUNK, count))]
+
+    with (
+        ThreadPoolExecutor(cpu_cores()) as pool,
+        tqdm(total=count, unit="image", desc=f"Looking at the {name} images", disable=None, leave=False) as bar,
+    ):
+        starts = range(0, count, CHUNK)
+        for start, looks in zip(starts, pool.map(look, starts), strict=True):
+            for row, (digest, reason, odd, side) in enumerate(looks, start=start):
+                digests[row] = np.void(digest)
+                unusual.update(odd)
+                if reason is not None:
+                    reasons[row] = reason
+                if side is not None:
+                    sides.append(side)
+            bar.update(len(looks))
+    if isinstance(images, ArrayImages):
+        sides = [min(images.pixels.shape[1:3])]
+    return _Seen(digests, reasons, unusual, sides)
+
+
+def _look(split: Split, row: int, *, decode: bool) -> _Look:
+    images = split.images
+    try:
+        if isinstance(images, ArrayImages):
+            return _Look(images.digest(row))
+        data = read(images, row)
+        digest = digest_of(data)
+        if not decode:
+            return _Look(digest)
+        image = decode_rgb(data)
+        return _Look(digest, None, _unusual(data, images.name(row)), min(image.size))
+    except Unreadable as reason:
+        return _Look(bytes(16), str(reason))
+
+
+def _unusual(data: bytes, name: str) -> tuple[str, ...]:
+    """Return in which ways an image that can be decoded is not the plain JPEG that its name may promise."""
+    found = []
+    with Image.open(io.BytesIO(data)) as image:
+        suffix = Path(name).suffix.lower()
+        if suffix in (".jpg", ".jpeg") and image.format not in ("JPEG", "MPO"):
+            found.append(f"{image.format} named {suffix}")
+        if image.mode == "CMYK":
+            found.append("CMYK")
+        elif image.mode in ("L", "1", "LA"):
+            found.append("grayscale")
+        elif image.mode.startswith("I"):
+            found.append("16-bit")
+        if image.getexif().get(0x0112, 1) != 1:
+            found.append("turned by EXIF")
+    return tuple(found)
+
+
+def _counts(labels: Tensor, classes: int) -> Ints:
+    return np.asarray(torch.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes).numpy())
+
+
+class _Groups(NamedTuple):
+    """Images by content, over all parts: images of one group are the same."""
+
+    of: dict[str, Ints]
+    """The group of each image of a part; -1 where it cannot be read."""
+    sizes: Ints
+
+
+def _groups(seen: Mapping[str, _Seen]) -> _Groups:
+    digests = np.concatenate([part.digests for part in seen.values()])
+    _, group = np.unique(digests, return_inverse=True)
+    starts = np.cumsum([len(part.digests) for part in seen.values()])[:-1]
+    of = dict(zip(seen, np.split(group.reshape(-1).astype(np.int64), starts), strict=True))
+    for name, part in seen.items():
+        of[name][list(part.reasons)] = -1
+    every = np.concatenate(list(of.values()))
+    return _Groups(of, np.bincount(every[every >= 0], minlength=int(every.max(initial=-1)) + 1))
+
+
+def _part(split: Split, seen: _Seen, per_class: dict[str, int], group: Ints) -> PartReport:
+    sizes = split.images.sizes(np.array(list(seen.reasons), dtype=np.int64))
+    missing = int((sizes <= 0).sum())
+    readable = group[group >= 0]
+    least, most = min(per_class.values()), max(per_class.values())
+    return PartReport(
+        images=len(split),
+        per_class=per_class,
+        imbalance_factor=most / least if least else None,
+        missing=missing,
+        broken=len(seen.reasons) - missing,
+        unusual=dict(seen.unusual.most_common()),
+        shorter_side=(min(seen.sides), int(np.median(seen.sides)), max(seen.sides)) if seen.sides else None,
+        duplicates=len(readable) - len(np.unique(readable)),
+    )
+
+
+def _compare_parts(report: Report, parts: Mapping[str, Split], groups: _Groups, meta_rows: Ints | None) -> None:
+    """Fill in what is there more than once; ``meta_rows`` as in :class:`Source`."""
+    of = dict(groups.of)
+    if meta_rows is not None:  # training images that a run takes for the meta-set
+        of["training"] = np.delete(of["training"], meta_rows[meta_rows >= 0])
+    pairs = (
+        ("meta", "training"),
+        ("meta", "test"),
+        ("training", "test"),
+        ("meta", "val"),
+        ("training", "val"),
+        ("val", "test"),
+    )
+    for one, other in pairs:
+        if one in parts and other in parts:
+            report.shared[f"{one} in {other}"] = int((np.isin(of[one], of[other]) & (of[one] >= 0)).sum())
+    for pair, count in report.shared.items():
+        if count:
+            line = f"{count:,} {pair.replace(' in ', ' images are among the ')} images"
+            if pair == "meta in training":
+                report.problems.append(f"{line}: remove them from one of the two.")
+            else:
+                report.notes.append(f"{line}: test accuracy will flatter a run; remove them from one of the two.")
+    labels, group = parts["training"].labels.numpy(), groups.of["training"]
+    different = np.unique(np.stack([group, labels], axis=1)[group >= 0], axis=0)
+    conflicting = np.flatnonzero(np.bincount(different[:, 0], minlength=len(groups.sizes)) > 1)
+    report.conflicts = int(np.isin(group, conflicting).sum())
+    if report.conflicts:
+        report.notes.append(
+            f"{report.conflicts:,} training images are there more than once under different labels: at least one is wrong."
+        )
+    repeated = np.flatnonzero(groups.sizes > 1)
+    for name, split in parts.items():
+        for row in np.flatnonzero(np.isin(groups.of[name], repeated)).tolist():
+            report.repeated.append((int(groups.of[name][row]), name, row, int(split.labels[row]), split.images.name(row)))
+    report.repeated.sort()
+
+
+def _apply_protocol(report: Report, source: Source, config: CheckConfig, digests: Digests) -> None:
+    """Fill in what a run with these settings would train on."""
+    with warnings.catch_warnings(record=True):  # of images that parts share: told above, however large the data set
+        warnings.simplefilter("always")
+        try:
+            data = prepare(source, config, config.seed)
+        except UserError as error:
+            if not any(line.startswith("meta") or " meta images are" in line for line in report.problems):
+                report.problems.append(str(error))
+            return
+    counts = data.class_counts()
+    least, most = int(counts.min()), int(counts.max())
+    report.protocol = {
+        "training": len(data.train_ids),
+        "meta": len(data.meta_ids),
+        "imbalance_factor": most / least,
+        "many_medium_few_shot_classes": [
+            int((counts > MANY).sum()),
+            int(((counts >= FEW) & (counts <= MANY)).sum()),
+            int((counts < FEW).sum()),
+        ],
+        "noise_rate": data.noise_rate(),
+    }
+    if data.meta_held_out:
+        held, kept = (digests[ids.numpy()] for ids in (data.meta_ids, data.train_ids))
+        shared = int(np.isin(held, kept[kept != np.zeros(1, dtype="V16")]).sum())
+        if shared:
+            report.problems.append(
+                f"{shared:,} of the {len(held)} images that are held out as the meta-set are there again among the "
+                "training images: remove the copies (duplicates.csv of --output lists them)."
+            )

@@ -1,0 +1,70 @@
+"""Clothing1M (Xiao et al. 2015): a million images with the labels of the shops they are from, and a few verified ones."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastadvisor.config import DataConfig
+from fastadvisor.datasets.paths import Ints, PathTable
+from fastadvisor.datasets.readers.lists import Listed, find_file, images_below, read_class_names, read_keys, read_list, root_of
+from fastadvisor.datasets.types import Source, Split
+from fastadvisor.errors import UserError
+
+MEAN, STD = (0.6959, 0.6537, 0.6371), (0.3113, 0.3192, 0.3214)
+SIDE = 224
+FOLDER = "images"
+
+
+def read(config: DataConfig) -> Source:
+    """Read Clothing1M from ``config.data_root``: annotations in it or in ``annotations/``, paths with or without ``images/``.
+
+    The training images are those of ``noisy_train_key_list.txt`` and, in the variant clean-and-noisy, after them those of
+    ``clean_train_key_list.txt`` with their verified labels; an image in both is taken once, with the verified label. The
+    meta-set is ``clean_val``, all of it (method.md), and the test images are ``clean_test``.
+
+    Raises:
+        UserError: an annotation is missing or cannot be read, a key has no label, or the images are nowhere in the root.
+    """
+    root = root_of(config, "category_names_eng.txt, the lists of labels and keys, and images/")
+    classes = read_class_names(find_file(root, "category_names_eng.txt"))
+    noisy, clean = (_labels(root, f"{kind}_label_kv.txt") for kind in ("noisy", "clean"))
+    train = _listed(root, "noisy_train_key_list.txt", noisy, "noisy_label_kv.txt")
+    if config.variant == "clean-and-noisy":
+        verified = _listed(root, "clean_train_key_list.txt", clean, "clean_label_kv.txt")
+        only_noisy = np.flatnonzero(verified.paths.find(train.paths) < 0)
+        train = Listed(
+            PathTable.concatenated([train.paths.select(only_noisy), verified.paths]),
+            np.concatenate([train.labels[only_noisy], verified.labels]),
+        )
+    meta, test = (_listed(root, f"clean_{part}_key_list.txt", clean, "clean_label_kv.txt") for part in ("val", "test"))
+    splits = {
+        name: Split(images_below(root, part.paths, name, file, [FOLDER]), torch.from_numpy(part.labels))
+        for name, part, file in (
+            ("train", train, "noisy_train_key_list.txt"),
+            ("test", test, "clean_test_key_list.txt"),
+            ("meta", meta, "clean_val_key_list.txt"),
+        )
+    }
+    return Source(
+        "clothing1m", classes, splits["train"], splits["test"], mean=MEAN, std=STD, meta=splits["meta"], image_size=SIDE
+    )
+
+
+def _labels(root: Path, name: str) -> Listed:
+    paths, labels = read_list(find_file(root, name))
+    return Listed(paths.without_prefix(f"{FOLDER}/"), labels)
+
+
+def _listed(root: Path, name: str, known: Listed, source: str) -> Listed:
+    """Return the keys of the list ``name`` and their labels among the ``known``."""
+    file = find_file(root, name)
+    keys = read_keys(file).without_prefix(f"{FOLDER}/")
+    rows: Ints = known.paths.find(keys)
+    missing = np.flatnonzero(rows < 0)
+    if len(missing):
+        raise UserError(
+            f"{file} lists {keys[int(missing[0])]}, which has no label in {source} ({len(missing)} of {len(keys)} have none): "
+            "take both files from the same release."
+        )
+    return Listed(keys, known.labels[rows])

@@ -1,0 +1,218 @@
+"""Folders of images: ROOT/train/<class>/*, ROOT/test/<class>/* (or val/) and, where there is one, ROOT/meta/<class>/*.
+
+Within a class, images lie in its folder or in folders beneath, as in torchvision's ImageFolder, and come in its order.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastadvisor.config import DataConfig
+from fastadvisor.datasets.images import FileImages
+from fastadvisor.datasets.paths import PathTable
+from fastadvisor.datasets.types import Source, Split
+from fastadvisor.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, as every torchvision model expects them."""
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".tif", ".tiff"}
+)
+"""What counts as an image; other files are passed over, and counted."""
+
+OTHER_IMAGES = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"})
+"""Of the files that are passed over those that hold images all the same."""
+
+
+@dataclass
+class PassedOver:
+    """Files of a data set that are not used, by folder and kind."""
+
+    kinds: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def count(self, folder: Path, kind: str) -> None:
+        """Count a file of ``folder``, a part's."""
+        self.kinds.setdefault(str(folder), Counter())[kind] += 1
+
+    def notes(self) -> tuple[str, ...]:
+        """Return one sentence about all of them; none if there are none."""
+        total = sum(counts.total() for counts in self.kinds.values())
+        if not total:
+            return ()
+        places = [
+            f"in {folder} " + ", ".join(f"{kind}: {count:,}" for kind, count in counts.most_common())
+            for folder, counts in self.kinds.items()
+        ]
+        return (f"{total:,} {'file was' if total == 1 else 'files were'} passed over: {'; '.join(places)}.",)
+
+
+@dataclass
+class Folders:
+    """What lies under a root; class numbers are the sorted folder names of train."""
+
+    classes: list[str]
+    train: Split
+    test: Split
+    meta: Split | None
+    val: Split | None
+    """Where there is a folder val/ beside test/."""
+    passed_over: PassedOver
+
+
+def read(config: DataConfig) -> Source:
+    """Read the names of the files under ``config.data_root``, in class order and by name within a class.
+
+    Raises:
+        UserError: a folder or class missing or empty, or a folder that cannot be read.
+    """
+    if config.data_root is None:
+        raise UserError("imagefolder needs --data-root DIR, a folder with train/<class>/ and test/<class>/ in it.")
+    root = Path(config.data_root)
+    folders = list_folders(root)
+    if len(folders.classes) < 2:
+        raise UserError(f"{root / 'train'} holds one class, {folders.classes[0]!r}: a classifier needs two or more.")
+    return Source(
+        "imagefolder",
+        folders.classes,
+        folders.train,
+        folders.test,
+        mean=MEAN,
+        std=STD,
+        meta=folders.meta,
+        val=folders.val,
+        notes=folders.passed_over.notes(),
+    )
+
+
+def list_folders(root: Path) -> Folders:
+    """List the image files under ``root``; what is passed over (hidden, no image, a dangling link, ...) is counted.
+
+    Raises:
+        UserError: train or test missing, a class of one that another lacks, a class folder without images, or one that
+            cannot be read.
+    """
+    try:
+        return _list_folders(root)
+    except OSError as error:
+        raise UserError(f"The folder {error.filename} cannot be read ({error.strerror}): check --data-root.") from None
+
+
+def _list_folders(root: Path) -> Folders:
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: --data-root must hold train/<class>/ and test/<class>/.")
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if not (root / "train").is_dir() or not tests:
+        lacking = "test/ (or val/)" if (root / "train").is_dir() else "train/"
+        raise UserError(f"{root} has no folder {lacking}: lay the images out as train/<class>/ and test/<class>/.")
+    classes = _class_names(root / "train")
+    if not classes:
+        raise UserError(f"{root / 'train'} has no class folders: lay the images out as train/<class>/<image>.")
+    passed_over = PassedOver()
+    train, *tested = (_list_split(folder, classes, passed_over) for folder in (root / "train", *tests))
+    meta = _list_split(root / "meta", classes, passed_over) if (root / "meta").is_dir() else None
+    return Folders(classes, train, tested[0], meta, tested[1] if len(tested) > 1 else None, passed_over)
+
+
+def _list_split(folder: Path, classes: list[str], passed_over: PassedOver) -> Split:
+    found = _class_names(folder)
+    for name in sorted(set(found) ^ set(classes)):
+        if name in classes:
+            raise UserError(f"{folder} has no folder for the class {name!r} of train/: every class must be in both.")
+        raise UserError(f"{folder / name} is a class that train/ does not have: add it there or take it out here.")
+    _count_what_is_in_no_class(folder, passed_over)
+    paths, counts = [], []
+    for name in classes:
+        files = [f"{name}/{file}" for file in image_files(folder / name, folder, passed_over)]
+        if not files:
+            raise UserError(f"The class folder {folder / name} holds no images: fill it, or remove the class everywhere.")
+        paths += files
+        counts.append(len(files))
+    labels = torch.from_numpy(np.repeat(np.arange(len(classes), dtype=np.int64), counts))
+    return Split(FileImages(folder, PathTable.of(paths)), labels)
+
+
+def image_files(folder: Path, part: Path, passed_over: PassedOver) -> list[str]:
+    """Return the image files in ``folder`` and beneath it, relative to it: each folder's own sorted by name, folders in the
+    order of their paths, as torchvision's ImageFolder has them. What is passed over is counted as of ``part``.
+    """
+    files: list[tuple[str, str]] = []
+    status = os.stat(part)  # a link back to the part would make all its classes this one
+    above = frozenset({(status.st_dev, status.st_ino)} if folder != part else ())
+    for beneath, entry in _walk(folder, "", above, part, passed_over):
+        kind = _why_not(entry)
+        if kind is None:
+            files.append((beneath, entry.name))
+        else:
+            passed_over.count(part, kind)
+    return [os.path.join(beneath, name) for beneath, name in sorted(files)]
+
+
+def _walk(
+    folder: Path, beneath: str, above: frozenset[tuple[int, int]], part: Path, passed_over: PassedOver
+) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
+    """Yield the files under ``folder / beneath`` with the folder each is in, links followed but not in circles.
+
+    Args:
+        folder: where it began.
+        beneath: the folder under it.
+        above: device and inode of the folders that it is in.
+        part: to count what is passed over.
+        passed_over: counts.
+    """
+    here = os.path.join(folder, beneath) if beneath else str(folder)
+    status = os.stat(here)
+    if (status.st_dev, status.st_ino) in above:
+        passed_over.count(part, "links to folders they are in")
+        return
+    with os.scandir(here) as entries:
+        found = list(entries)
+    for entry in found:
+        if not _is_folder(entry):
+            yield beneath, entry
+        elif entry.name.startswith("."):
+            passed_over.count(part, "hidden folders")
+        else:
+            inner = above | {(status.st_dev, status.st_ino)}
+            yield from _walk(folder, os.path.join(beneath, entry.name), inner, part, passed_over)
+
+
+def _count_what_is_in_no_class(folder: Path, passed_over: PassedOver) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_folder(entry):
+                if entry.name.startswith("."):
+                    passed_over.count(folder, "hidden folders")
+            else:
+                passed_over.count(folder, _why_not(entry) or "images in no class folder")
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _why_not(entry: "os.DirEntry[str]") -> str | None:
+    """Return as what a file is passed over; None of an image."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if entry.name.startswith("."):
+        return "hidden"
+    if suffix not in EXTENSIONS:
+        return f"{suffix or 'without an extension'}{' (not read here, convert them)' if suffix in OTHER_IMAGES else ''}"
+    try:
+        if entry.is_file():
+            return None
+    except OSError:  # a link to itself
+        pass
+    return "dangling links" if entry.is_symlink() else "neither files nor folders"
+
+
+def _class_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,0 +1,178 @@
+"""Any images in list files: lines of ``path label``, or a CSV with ``path,label[,split]`` (formats.md)."""
+
+import os
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastadvisor.config import DataConfig
+from fastadvisor.datasets.class_labels import class_numbers
+from fastadvisor.datasets.images import FileImages
+from fastadvisor.datasets.paths import Ints, PathTable
+from fastadvisor.datasets.readers.imagefolder import MEAN, STD
+from fastadvisor.datasets.readers.lists import images_below, number_of_classes, read_class_names, read_csv, read_list
+from fastadvisor.datasets.types import Source, Split
+from fastadvisor.errors import UserError
+
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "train": ("train.txt", "train.csv"),
+    "meta": ("meta.txt", "meta.csv"),
+    "test": ("test.txt", "test.csv"),
+    "val": ("val.txt", "val.csv"),
+}
+"""Where in the root each list is looked for."""
+
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
+HOW = "lines of 'path label', or a CSV with path,label[,split]"
+
+
+class _Part(NamedTuple):
+    file: Path
+    paths: PathTable
+    labels: Ints
+    """Indices into ``names``."""
+    names: list[str]
+    """The different labels, as they are written."""
+
+
+def read(config: DataConfig) -> Source:
+    """Read the lists of ``config``; paths in them are relative to ``config.data_root``, without one to the list's folder, or to
+    the folder of their own part in it.
+
+    Classes are numbers, named by the lines of ROOT/classes.txt if there is one, or, in a CSV, names, in alphabetical order.
+    Where there are both test and val images, val is for choosing the best checkpoint.
+
+    Raises:
+        UserError: a list is missing or cannot be read, there are no test images, or labels are numbers here and names there.
+    """
+    if config.data_root is None and config.train_list is None:
+        raise UserError(f"list needs --train-list FILE, {HOW}, or --data-root DIR with a train.txt or train.csv in it.")
+    root = Path(config.data_root or os.path.dirname(config.train_list or "") or ".")
+    named = {"train": config.train_list, "meta": config.meta_list, "test": config.test_list, "val": None}
+    files = {part: _find(root, part, name) for part, name in named.items()}
+    if files["train"] is None:
+        raise UserError(f"There is no train.txt or train.csv in {root}: name the list with --train-list, {HOW}.")
+    parts, unread = _parts(files["train"], "train"), []
+    for part in ("meta", "test", "val"):
+        file = files[part]
+        if file is not None and part in parts and named[part] is None:
+            unread.append(f"The column split of {files['train']} has {part} images, so {file} is not read.")
+        elif file is not None:
+            parts[part] = _parts(file, part)[part]
+    folders = {part: part for part in parts}
+    if "test" not in parts and "val" in parts:
+        parts["test"], folders["test"] = parts.pop("val"), "val"
+    if "test" not in parts:
+        raise UserError(
+            f"There are no test images: add a column split to {files['train']}, put a test.txt or val.txt beside it, or name "
+            "a list with --test-list."
+        )
+    classes, numbers, notes = _classes(root, parts)
+    images = {"train": images_below(root, parts["train"].paths, "train", parts["train"].file)}
+    for name in parts.keys() - {"train"}:  # trusted images may be training images, written as these are
+        last = [images["train"].root] if name == "meta" else []
+        images[name] = images_below(root, parts[name].paths, folders[name], parts[name].file, last=last)
+    splits = {name: Split(images[name], torch.from_numpy(numbers[name])) for name in parts}
+    meta, val = splits.get("meta"), splits.get("val")
+    return Source(
+        "list", classes, splits["train"], splits["test"], mean=MEAN, std=STD, meta=meta, val=val, notes=(*notes, *unread)
+    )
+
+
+def with_meta_list(source: Source, config: DataConfig) -> Source:
+    """Return ``source`` with the images of ``config.meta_list`` as its meta-set; paths are relative to the data set's root, to
+    meta/ in it, or to the folder of the training images.
+
+    Raises:
+        UserError: it cannot be read, or names a class that is not the data set's.
+    """
+    root = Path(config.data_root or ".")
+    file = _find(root, "meta", config.meta_list)
+    assert file is not None
+    part = _parts(file, "meta")["meta"]
+    train = source.train.images
+    folders = [train.root.absolute()] if isinstance(train, FileImages) else []
+    numbers, note = class_numbers(part.names, source.classes, file)
+    meta = Split(images_below(root, part.paths, "meta", file, folders), torch.from_numpy(numbers[part.labels]))
+    return replace(source, meta=meta, meta_drawn=False, notes=(*source.notes, *([note] if note else [])))
+
+
+def _find(root: Path, part: str, named: str | None) -> Path | None:
+    """Return the list of ``part``: the one that is named, from here or from the root, or one by its usual name."""
+    if named is not None:
+        found = [path for path in dict.fromkeys((Path(named), root / named)) if path.is_file()]
+        if len(found) > 1 and not found[0].samefile(found[1]):
+            raise UserError(
+                f"There are two lists {named}, here and in {root}: name the one that is meant in full, as in "
+                f"--{part}-list {shlex.quote(str(found[1]))} or --{part}-list {shlex.quote(str(found[0].absolute()))}."
+            )
+        if found:
+            return found[0]
+        raise UserError(f"There is no list {named}: check --{part}-list.")
+    return next((root / name for name in DEFAULTS[part] if (root / name).is_file()), None)
+
+
+def _parts(file: Path, wanted: str) -> dict[str, _Part]:
+    """Return the parts that a column split in ``file`` tells apart, ``wanted`` among them; without one, all as ``wanted``."""
+    if file.suffix.lower() != ".csv":
+        paths, labels = read_list(file)
+        numbers, indices = np.unique(labels, return_inverse=True)
+        return {wanted: _Part(file, paths, indices.reshape(-1), [str(number) for number in numbers.tolist()])}
+    table = read_csv(file)
+    if not table.parts:
+        return {wanted: _Part(file, table.paths, table.labels, table.names)}
+    parts = {}
+    for number, name in enumerate(table.parts):
+        rows = np.flatnonzero(table.splits == number)
+        used, indices = np.unique(table.labels[rows], return_inverse=True)
+        names = [table.names[label] for label in used.tolist()]
+        parts[name] = _Part(file, table.paths.select(rows), indices.reshape(-1), names)
+    if wanted == "test" and "test" not in parts and "val" in parts:
+        parts["test"] = parts["val"]
+    if wanted not in parts:
+        raise UserError(f"The column split of {file} holds no {wanted}: mark its images with it, or drop the column.")
+    return parts
+
+
+def _classes(root: Path, parts: dict[str, _Part]) -> tuple[list[str], dict[str, Ints], tuple[str, ...]]:
+    """Return the classes, the class of each image by part, and what the user is to be told."""
+    given = read_class_names(root / "classes.txt") if (root / "classes.txt").is_file() else []
+    for part in parts.values():
+        others = [name for name in part.names if not _is_number(name)]
+        # As names, -1 and 1.0 would train without a word.
+        if others and all(NUMBER.fullmatch(name) for name in part.names) and not set(part.names) <= set(given):
+            raise UserError(f"{part.file} has the label {others[0]!r}, and class numbers are 0, 1, 2, ...: correct it.")
+    names = sorted({name for part in parts.values() for name in part.names})
+    if given:
+        where = " and ".join(dict.fromkeys(str(part.file) for part in parts.values()))
+        files = {name: part.file for part in parts.values() for name in part.names}
+        numbers, note = class_numbers(names, given, where, lambda label: f" of {files[label]}")
+        of_name = dict(zip(names, numbers.tolist(), strict=True))
+        classes, notes = given, (note,) if note else ()
+    elif all(_is_number(name) for name in names):
+        of_name, notes = {name: int(name) for name in names}, ()
+        counted = (np.array([of_name[name] for name in part.names], dtype=np.int64)[part.labels] for part in parts.values())
+        classes = [str(number) for number in range(number_of_classes(counted))]
+    else:
+        by_name = next(part for part in parts.values() if not all(_is_number(name) for name in part.names))
+        by_number = [
+            part
+            for part in parts.values()
+            if all(_is_number(name) for name in part.names) and not set(part.names) <= set(by_name.names)
+        ]
+        if by_number:
+            raise UserError(
+                f"The labels of {by_number[0].file} are numbers and those of {by_name.file} names: write them alike."
+            )
+        of_name, classes, notes = {name: number for number, name in enumerate(names)}, names, ()
+    found = {key: np.array([of_name[name] for name in part.names], dtype=np.int64)[part.labels] for key, part in parts.items()}
+    return classes, found, notes
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit() and len(name) < 10

@@ -1,0 +1,320 @@
+"""What the readers of data sets in lists share: text lists of a million lines, CSV, and where the files lie."""
+
+import csv
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastadvisor.config import DataConfig
+from fastadvisor.datasets.images import FileImages
+from fastadvisor.datasets.paths import Bytes, Ints, PathTable
+from fastadvisor.errors import UserError
+
+NEWLINE, SPACE, TAB, RETURN, ZERO, SLASH, BACKSLASH = b"\n \t\r0/\\"
+BOM = b"\xef\xbb\xbf"
+MOST_DIGITS = 9
+PROBED = 5
+"""Files, spread over a list, that are looked for to find the folder that its paths are relative to."""
+
+PARTS = {"train": "train", "training": "train", "meta": "meta", "test": "test"} | dict.fromkeys(
+    ("val", "valid", "validation"), "val"
+)
+"""What the column split of a CSV may hold."""
+
+FOLDERS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation"),
+    "meta": ("meta",),
+}
+"""What the folder of a part is called."""
+
+
+class Listed(NamedTuple):
+    """Paths and labels of a list, (N,) each."""
+
+    paths: PathTable
+    labels: Ints
+
+
+class Table(NamedTuple):
+    """A CSV of paths, labels and, if it has that column, splits; (N,) each."""
+
+    paths: PathTable
+    labels: Ints
+    """Indices into ``names``."""
+    names: list[str]
+    """The different labels, as they are written."""
+    splits: NDArray[np.int8]
+    """Indices into ``parts``; zeros without that column."""
+    parts: list[str]
+    """The different splits among train, meta, test and val; empty without that column."""
+
+
+def root_of(config: DataConfig, holds: str) -> Path:
+    """Return ``config.data_root``; a UserError that says it should hold ``holds`` where there is none."""
+    if config.data_root is None:
+        raise UserError(f"{config.dataset} needs --data-root DIR, the folder that holds {holds}.")
+    root = Path(config.data_root)
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: --data-root must hold {holds}.")
+    return root
+
+
+def find_file(root: Path, *names: str) -> Path:
+    """Return the first of ``names`` that is a file in ``root`` or in a folder right beneath it.
+
+    Raises:
+        UserError: none is.
+    """
+    folders = [root, *_folders(root)]
+    for name in names:
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"There is no {' or '.join(names)} in {root} or a folder right beneath it: check --data-root.")
+
+
+def images_below(
+    root: Path,
+    paths: PathTable,
+    part: str,
+    listed: object,
+    folders: Sequence[Path | str] = (),
+    *,
+    last: Sequence[Path] = (),
+    anywhere: bool = False,
+) -> FileImages:
+    """Return the images of ``paths``, which are relative to ``root``, or to the folder of their own part in it.
+
+    Five of them are looked for; nothing is opened. The folder of another part is never looked in: images of one name may lie
+    in all of them.
+
+    Args:
+        root: of the data set.
+        paths: (N,)
+        part: train, meta, test or val.
+        listed: what to call the list in messages.
+        folders: further places that the data set's layout has for this part, in ``root`` or elsewhere.
+        last: where they may lie if they are in none of these.
+        anywhere: whether the images may lie in any other folder right beneath ``root``, too.
+
+    Raises:
+        UserError: none of the five is in any place, or some in two places.
+    """
+    own = [name for name in FOLDERS[part] if (root / name).is_dir()]
+    if part == "test" and not own:  # the only images to test on are called so
+        own = [name for name in FOLDERS["val"] if (root / name).is_dir()]
+    tried = [root, *(root / name for name in own), *(root / name for name in folders if (root / name).is_dir())]
+    others = {name for names in FOLDERS.values() for name in names}
+    if anywhere:
+        tried += [folder for folder in _folders(root) if folder.name.lower() not in others]
+    some = [paths[row] for row in np.linspace(0, len(paths) - 1, PROBED, dtype=np.int64).tolist()]
+    found = _holding(some, tried)
+    if not found:
+        tried += last
+        found = _holding(some, last)
+    if not found:
+        places = " nor in ".join(str(folder) for folder in dict.fromkeys(tried))
+        raise UserError(
+            f"The image {some[0]} of {listed} is {'neither' if len(tried) > 1 else 'not'} in {places}: "
+            f"write the paths relative to {root}, or name the folder that they are relative to with --data-root."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"The images of {listed} are in {found[0]} and in {found[1]}, and which are meant is not to be guessed: "
+            f"write their paths relative to {root}, as in {os.path.relpath(found[1] / some[0], root)}."
+        )
+    return FileImages(found[0], paths)
+
+
+def _holding(paths: Sequence[str], folders: Iterable[Path]) -> list[Path]:
+    """Return those of ``folders`` that one of ``paths`` is in; of several ways to the same file one."""
+    found: list[Path] = []
+    for folder in dict.fromkeys(folders):
+        there = next((path for path in paths if os.path.exists(os.path.join(folder, path))), None)
+        if there is not None and not any(_same(one / there, folder / there) for one in found):
+            found.append(folder)
+    return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.exists(one) and os.path.samefile(one, other)
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"The folder {root} cannot be read ({error.strerror}): check --data-root.") from None
+
+
+def read_list(path: Path) -> Listed:
+    """Read lines of ``relative/path label``, a million in about a second.
+
+    The label is what follows the last blank, so paths may hold blanks. Windows line ends, a byte-order mark, tabs, blank
+    lines and, in a list without a slash, Windows separators are taken as they come; names are the file system's bytes.
+
+    Raises:
+        UserError: no such file, an empty one, one that is not text, or a line without a path or an integer label.
+    """
+    buffer, start, stop, line = _lines(path)
+    digits, labels = stop.copy(), np.zeros(len(stop), dtype=np.int64)
+    for place in range(MOST_DIGITS):
+        digit = buffer[np.maximum(digits - 1, 0)] - np.uint8(ZERO)  # wraps around for what is under "0"
+        more = (digits > start) & (digit < 10)
+        if not more.any():
+            break
+        labels += np.where(more, digit.astype(np.int64) * 10**place, 0)
+        digits -= more
+    before = buffer[np.maximum(digits - 1, 0)]
+    wrong = (digits == stop) | (digits == start) | ((before != SPACE) & (before != TAB))
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        text = os.fsdecode(buffer[start[first] : stop[first]].tobytes())
+        raise UserError(
+            f"{path}, line {line[first]}: {text[:100]!r} is not a path, a blank and a class number: "
+            "write it as in 'folder/image.jpg 3'."
+        )
+    return Listed(PathTable(buffer, start, _trimmed(buffer, start, digits)), labels)
+
+
+def read_keys(path: Path) -> PathTable:
+    """Read a path a line; otherwise as :func:`read_list`."""
+    buffer, start, stop, _ = _lines(path)
+    return PathTable(buffer, start, stop)
+
+
+def _lines(path: Path) -> tuple[Bytes, Ints, Ints, Ints]:
+    """Return the bytes of a text, where each line that is not blank starts and stops, and its number."""
+    try:
+        buffer = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"The list {path} cannot be read ({error.strerror}).") from None
+    if not len(buffer):
+        raise UserError(f"The list {path} is empty: it should hold an image a line.")
+    if (buffer == 0).any():
+        raise UserError(f"{path} is not a text file: it should hold a path and a class number a line.")
+    if (buffer == BACKSLASH).any() and not (buffer == SLASH).any():
+        buffer = np.where(buffer == BACKSLASH, np.uint8(SLASH), buffer)
+    begin = len(BOM) if buffer[:3].tobytes() == BOM else 0
+    ends = np.flatnonzero(buffer == NEWLINE).astype(np.int64)
+    start, stop = np.append(begin, ends + 1), np.append(ends, len(buffer))
+    stop = _trimmed(buffer, start, stop)
+    while True:
+        blank = (start < stop) & _is_blank(buffer[np.minimum(start, len(buffer) - 1)])
+        if not blank.any():
+            break
+        start = start + blank
+    kept = np.flatnonzero(stop > start)
+    if not len(kept):
+        raise UserError(f"The list {path} is empty: it should hold an image a line.")
+    return buffer, start[kept], stop[kept], kept + 1
+
+
+def _trimmed(buffer: Bytes, start: Ints, stop: Ints) -> Ints:
+    """Return ``stop`` with blanks cut off."""
+    while True:
+        blank = (stop > start) & _is_blank(buffer[np.maximum(stop - 1, 0)])
+        if not blank.any():
+            return stop
+        stop = stop - blank
+
+
+def _is_blank(characters: Bytes) -> NDArray[np.bool_]:
+    return (characters == SPACE) | (characters == TAB) | (characters == RETURN)
+
+
+def read_csv(path: Path) -> Table:
+    """Read a CSV with the columns ``path``, ``label`` and, if it has one, ``split``; others are passed over.
+
+    Raises:
+        UserError: no such file, no such columns, a row without them, an unknown split, or no rows.
+    """
+    labels, splits = array("q"), array("b")
+    names: dict[str, int] = {}
+    parts: dict[str, int] = {}
+
+    def paths(rows: Iterator[list[str]], columns: list[int]) -> Iterator[str]:
+        for number, row in enumerate(rows, start=2):
+            if not row:
+                continue
+            if len(row) <= max(columns) or not row[columns[0]].strip() or not row[columns[1]].strip():
+                raise UserError(f"{path}, row {number}: it lacks a path or a label: fill it in, or delete the row.")
+            labels.append(names.setdefault(row[columns[1]].strip(), len(names)))
+            if len(columns) > 2:
+                word = row[columns[2]].strip()
+                if word.lower() not in PARTS:
+                    raise UserError(f"{path}, row {number}: the split {word!r} is not one of train, meta, val and test.")
+                splits.append(parts.setdefault(PARTS[word.lower()], len(parts)))
+            yield row[columns[0]].strip()
+
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = csv.reader(file)
+            header = [cell.strip().lower() for cell in next(rows, [])]
+            for column in ("path", "label"):
+                if column not in header:
+                    raise UserError(f"{path} has no column {column!r}: its first line must be path,label or path,label,split.")
+            columns = [header.index(column) for column in ("path", "label", "split") if column in header]
+            table = PathTable.of(paths(rows, columns))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV ({getattr(error, 'strerror', None) or error}).") from None
+    if not len(table):
+        raise UserError(f"{path} is empty: it should hold an image a row.")
+    if (table.buffer == 0).any():
+        raise UserError(f"{path} is not a text file: it should hold a path and a label a row.")
+    split = np.frombuffer(splits, dtype=np.int8) if parts else np.zeros(len(table), dtype=np.int8)
+    return Table(table, np.frombuffer(labels, dtype=np.int64), list(names), split, list(parts))
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank.
+
+    Raises:
+        UserError: it cannot be read as text.
+    """
+    return [name for _, name in _numbered_lines(path)]
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Return the names of the classes, a line each, in the order of their numbers.
+
+    Raises:
+        UserError: it cannot be read as text, or two classes have one name.
+    """
+    lines: dict[str, int] = {}
+    for number, name in _numbered_lines(path):
+        if name in lines:
+            raise UserError(f"{path} calls two classes {name!r}, in line {lines[name]} and line {number}: rename one of them.")
+        lines[name] = number
+    return list(lines)
+
+
+def _numbered_lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}).") from None
+    return [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+
+
+def number_of_classes(parts: Iterable[Ints], names: Sequence[str] = ()) -> int:
+    """Return how many classes there are, by name or, without names, by the highest label.
+
+    Raises:
+        UserError: the highest label cannot be a class number, as there are not that many images.
+    """
+    if names:
+        return len(names)
+    highest, images = 0, 0
+    for labels in parts:
+        highest, images = max(highest, int(labels.max(initial=0))), images + len(labels)
+    if highest >= max(images, 1):  # names for a billion classes would fill the memory
+        raise UserError(f"The highest class number is {highest}, and there are {images} images: number the classes from 0 on.")
+    return highest + 1

@@ -1,0 +1,23 @@
+"""How batches are made of a data set's images. See README.md in this folder."""
+
+from fastadvisor.loading.augment import Augmentation, normalize
+from fastadvisor.loading.backends.resident import ResidentImages, ResidentLoader
+from fastadvisor.loading.batch import Batch
+from fastadvisor.loading.build import build_loaders, build_test_loader
+from fastadvisor.loading.choose import into_memory, stage
+from fastadvisor.loading.loader import EvaluationLoader, Loader, Loaders
+
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "EvaluationLoader",
+    "Loader",
+    "Loaders",
+    "ResidentImages",
+    "ResidentLoader",
+    "build_loaders",
+    "build_test_loader",
+    "into_memory",
+    "normalize",
+    "stage",
+]

@@ -1,0 +1,268 @@
+"""What the loaders that read files share: batches by number, stand-ins for bad images, state, time spent waiting."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadvisor.datasets.paths import Ints
+from fastadvisor.datasets.types import Triple
+from fastadvisor.errors import UserError
+from fastadvisor.loading.augment import Augmentation, normalize
+from fastadvisor.loading.autoaugment import cutout
+from fastadvisor.loading.batch import Batch
+from fastadvisor.loading.decode import Unreadable
+from fastadvisor.loading.order import Order, Spec, in_sequence
+from fastadvisor.loading.unreadable import BadImages
+
+T = TypeVar("T")
+
+
+class Decoded(NamedTuple):
+    """A batch as a backend makes it."""
+
+    images: Tensor
+    """(B, S, S, 3) uint8 cropped (and mirrored, unless the crop is by padding), or (B, 3, S, S) float32 normalised as well."""
+    ids: Tensor
+    """(B,) int64, those of the stand-ins in place of bad images."""
+    bad: dict[int, str]
+    """Images that could not be read, with the reason."""
+
+
+class Backend(Protocol):
+    """Makes batches of files, ahead of their use."""
+
+    def decode(self, specs: Iterable[Spec]) -> Iterator[Decoded]:
+        """Return the batches of ``specs``, in order; ends with them. A second call gives up what the first had begun."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the batches after the last one that was handed out depend on besides their specs."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, at the next ``decode``, as the backend that wrote ``state`` would have."""
+        ...
+
+    def close(self) -> None:
+        """End threads and processes."""
+        ...
+
+
+class StreamLoader:
+    """An endless stream of augmented batches for training."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        order: Order,
+        labels: Tensor,
+        *,
+        bad: BadImages,
+        augment: Augmentation | None,
+        mean: Triple,
+        std: Triple,
+        hole: int,
+        device: torch.device,
+    ) -> None:
+        """Set up.
+
+        Args:
+            backend: decodes.
+            order: which samples.
+            labels: (N,) int64 by sample id, on ``device``.
+            bad: counts what cannot be read.
+            augment: pads and crops the (B, S, S, 3) uint8 that the backend makes; None where the backend crops.
+            mean: per channel, in units of 0..1.
+            std: likewise.
+            hole: side of Cutout's square; 0: none.
+            device: of the batches.
+        """
+        self.backend, self.order, self.labels, self.bad = backend, order, labels, bad
+        self.augment, self.mean, self.std, self.hole, self.device = augment, mean, std, hole, device
+        self.batch_size = order.batch_size
+        self.waited = 0.0
+        """Seconds in which the training had nothing to do but wait for this loader."""
+        self._generator = torch.Generator(device).manual_seed(order.seed)
+        self._host = torch.Generator().manual_seed(order.seed)
+        self._index = 0
+        self._decoded: Iterator[Decoded] | None = None
+
+    def __len__(self) -> int:
+        """Full batches an epoch."""
+        return len(self.order)
+
+    def __iter__(self) -> "StreamLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        return self.next_batch()
+
+    def next_batch(self) -> Batch:
+        """Return the next batch.
+
+        Raises:
+            UserError: too many images that cannot be read.
+        """
+        began = time.perf_counter()
+        if self._decoded is None:
+            self._decoded = self.backend.decode(self.order.specs(self._index))
+        decoded = next(self._decoded)
+        self.waited += time.perf_counter() - began
+        self._index += 1
+        self.bad.add(decoded.bad)
+        if len(decoded.ids) < self.batch_size:
+            raise UserError(
+                f"Of a batch of {self.batch_size} {self.bad.part} images so many cannot be read that it cannot be filled "
+                f"(first: {self.bad.images.name(next(iter(decoded.bad)))}): replace or delete them."
+            )
+        ids = decoded.ids.to(self.device, non_blocking=True)
+        return Batch(self._finish(decoded.images.to(self.device, non_blocking=True)), self.labels[ids], ids)
+
+    def _finish(self, images: Tensor) -> Tensor:
+        if self.augment is not None:  # does it all: mirror, AutoAugment, Cutout
+            rows = torch.arange(len(images), device=self.device)
+            return self.augment(images, rows, self._generator, self._host, self.order.share)
+        if images.dtype == torch.uint8:
+            images = normalize(images, self.mean, self.std)
+        return cutout(images, self.hole, self._generator, self.order.share) if self.hole else images
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the stream stands, as CPU tensors and plain values."""
+        return {
+            "index": self._index,
+            "count": len(self.order.ids),
+            "generator": self._generator.get_state(),
+            "host": self._host.get_state(),
+            "backend": self.backend.state_dict(),
+            "share": list(self.order.share),
+            "bad": dict(self.bad.reasons),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where the loader that wrote ``state`` stood, in the middle of an epoch too.
+
+        Raises:
+            UserError: the state is of another loader or training set, or of another kind of device.
+        """
+        check_state(state, "index", len(self.order.ids))
+        set_generator(self._generator, state["generator"])
+        set_generator(self._host, state["host"])
+        self._index, self._decoded = int(state["index"]), None
+        self.bad.reasons = {int(row): str(reason) for row, reason in state["bad"].items()}
+        if list(state["share"]) == list(self.order.share):  # else a backend that draws by itself begins anew
+            self.backend.load_state_dict(state["backend"])
+
+    def close(self) -> None:
+        """End threads and processes."""
+        self._decoded = None
+        self.backend.close()
+
+
+class EvaluationStream:
+    """The test images in order, each once; those that cannot be read are left out; each rank has every so many-th."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        bad: BadImages,
+        mean: Triple,
+        std: Triple,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """Take (N,) int64 ``labels`` on the device of the batches, and ``batch_size`` for all but the last."""
+        self.backend, self.labels, self.batch_size, self.bad, self.mean, self.std = backend, labels, batch_size, bad, mean, std
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        """Images of all ranks, the bad ones too."""
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[Batch]:
+        device = self.labels.device
+        for decoded in self.backend.decode(in_sequence(len(self.labels), self.batch_size, self.rank, self.ranks)):
+            self.bad.add(decoded.bad)
+            if not len(decoded.ids):
+                continue
+            images, ids = decoded.images.to(device, non_blocking=True), decoded.ids.to(device, non_blocking=True)
+            if images.dtype == torch.uint8:
+                images = normalize(images, self.mean, self.std)
+            yield Batch(images, self.labels[ids], ids)
+
+    def close(self) -> None:
+        """End threads and processes."""
+        self.backend.close()
+
+
+def with_spares(
+    spec: Spec, attempt: Callable[[int, int], T], run: Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]] = map
+) -> tuple[list[T], Ints, dict[int, str]]:
+    """Make every sample of a batch, and put the next spare where one cannot be read.
+
+    Which spare depends on the files alone, not on what has been read before, so a resumed run makes the same batch.
+
+    Args:
+        spec: the batch.
+        attempt: place in the batch and sample id -> the sample, or Unreadable.
+        run: ``map``, or an executor's.
+
+    Returns:
+        The samples, their ids, and the reasons of the bad ones by id. Without a spare left a place is dropped.
+    """
+
+    def first(place: int) -> T | Unreadable:
+        try:
+            return attempt(place, int(spec.ids[place]))
+        except Unreadable as reason:
+            return reason
+
+    made: list[T] = []
+    ids: list[int] = []
+    bad: dict[int, str] = {}
+    spares = iter(spec.spares.tolist())
+    for place, sample in enumerate(run(first, range(len(spec.ids)))):
+        row = int(spec.ids[place])
+        while isinstance(sample, Unreadable):
+            bad[row] = str(sample)
+            row = next(spares, -1)
+            if row < 0:
+                break
+            try:
+                sample = attempt(place, row)
+            except Unreadable as reason:
+                sample = reason
+        else:
+            made.append(sample)
+            ids.append(row)
+    return made, np.array(ids, dtype=np.int64), bad
+
+
+def check_state(state: Mapping[str, Any], key: str, count: int) -> None:
+    """Raise a UserError unless ``state`` is of this kind of loader and of a training set of ``count`` images."""
+    if key not in state:
+        raise UserError("The saved run used another loader: resume it with the --loader it was started with.")
+    if "host" not in state:
+        raise UserError("The saved run is of an earlier version of fastadvisor, which cannot be continued: start it anew.")
+    saved = state["count"] if "count" in state else len(state["order"])
+    if saved != count:
+        raise UserError(
+            f"The saved run drew from {saved} images, this one has {count}: "
+            "continue it with the data settings it was started with."
+        )
+
+
+def set_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Set ``generator`` to ``state``; a UserError if that is of another kind of device."""
+    try:
+        generator.set_state(state.cpu())
+    except RuntimeError:  # CPU and CUDA have different generators
+        raise UserError(
+            "The saved run drew its batches on another kind of device: resume it with the --device it was started on."
+        ) from None

@@ -1,0 +1,33 @@
+"""One random batch over and over: training without a loader, the ceiling that the others are measured against."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fastadvisor.loading.backends.stream import Decoded
+from fastadvisor.loading.order import Spec
+
+
+class SyntheticBackend:
+    """Normal noise on the device; ids (and so labels) are the real ones."""
+
+    def __init__(self, batch_size: int, size: int, device: torch.device) -> None:
+        """Make (``batch_size``, 3, ``size``, ``size``) float32 on ``device``."""
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(batch_size, 3, size, size, generator=generator).to(device)
+
+    def decode(self, specs: Iterable[Spec]) -> Iterator[Decoded]:
+        """Return the same images for each of ``specs``."""
+        for spec in specs:
+            yield Decoded(self.images[: len(spec.ids)], torch.from_numpy(spec.ids), {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: there is no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take nothing."""
+
+    def close(self) -> None:
+        """There is nothing to end."""

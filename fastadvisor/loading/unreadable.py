@@ -1,0 +1,86 @@
+"""Images that cannot be read: counted, listed, and too many of them refused."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from fastadvisor.datasets.images import ArrayImages, Images
+from fastadvisor.errors import UserError
+from fastadvisor.loading.decode import Unreadable, decode_rgb, read
+
+COLUMNS = ("part", "id", "reason", "image")
+PROBED = 32
+"""Images of a part that are decoded before a run, at most: the first that can be read ends it."""
+
+
+class BadImages:
+    """Those of one part of a data set (training, meta, test), by row."""
+
+    def __init__(self, part: str, images: Images, total: int, max_fraction: float) -> None:
+        """Set up.
+
+        Args:
+            part: what to call it in messages.
+            images: for their names.
+            total: images of the part.
+            max_fraction: of ``total``, rounded down, how many may be bad.
+        """
+        self.part, self.images, self.total, self.max_fraction = part, images, total, max_fraction
+        self.reasons: dict[int, str] = {}
+
+    def add(self, found: Mapping[int, str]) -> None:
+        """Count the images of ``found``, row -> reason; twice is once.
+
+        Raises:
+            UserError: more than may be; names the first.
+        """
+        self.reasons.update(found)
+        if len(self.reasons) > int(self.max_fraction * self.total):
+            first, reason = next(iter(self.reasons.items()))
+            more = f" and {len(self.reasons) - 1} more" if len(self.reasons) > 1 else ""
+            raise UserError(
+                f"Cannot read the image {self.images.name(first)}{more} "
+                f"({len(self.reasons)} of {self.total} {self.part} files; the first: {reason}): "
+                f"replace or delete them, or raise --max-bad-fraction, which is {self.max_fraction:g}."
+            )
+
+    def probe(self) -> None:
+        """Decode a few images spread over the part: an epoch is long, and its end no time to learn that all are broken.
+
+        Raises:
+            UserError: none of them can be read.
+        """
+        if not self.total or isinstance(self.images, ArrayImages):
+            return
+        reasons: dict[int, str] = {}
+        for row in np.unique(np.linspace(0, len(self.images) - 1, PROBED, dtype=np.int64)).tolist():
+            try:
+                decode_rgb(read(self.images, row))
+                return
+            except Unreadable as error:
+                reasons[row] = str(error)
+        first, reason = next(iter(reasons.items()))
+        raise UserError(
+            f"None of {len(reasons)} {self.part} images that were looked at can be read (first: {self.images.name(first)}: "
+            f"{reason}): replace them."
+        )
+
+    def first(self, count: int) -> list[tuple[int, str]]:
+        """Return row and reason of the first ``count``."""
+        return sorted(self.reasons.items())[:count]
+
+    def rows(self) -> Iterable[tuple[str, int, str, str]]:
+        """Return (part, id, reason, name) of each."""
+        return [(self.part, row, reason, self.images.name(row)) for row, reason in sorted(self.reasons.items())]
+
+
+def table(parts: Iterable[BadImages]) -> str:
+    """Return the bad images of ``parts`` as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for part in parts:
+        writer.writerows(part.rows())
+    return text.getvalue()
