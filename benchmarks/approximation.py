@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,13 @@ def candidates(trainer: Trainer, shape: tuple[int, int]) -> dict[str, Candidate]
 def probe(trainer: Trainer, compared: dict[str, Candidate], train: Batch, meta: Batch) -> dict[str, dict[str, float]]:
     """Compute every gradient from the same weights, batches and random numbers; nothing of the run is touched."""
     step, begun = trainer.step, RandomState.now(train.images.device)
-    draw = step.draw(train)
+    draw, meta_train = step.draw(train), step.meta_train
+    assert meta_train is not None
 
     def gradient(candidate: Candidate, virtual: dict[str, Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
-        posing = replace(step, engine=candidate.engine)
         with begun.replayed(), trainer.model.frozen_statistics():
-            problem = posing.problem(posing.loss_pre_calculation(train, draw))
+            shared = step.forward_pass(train, draw, candidate.engine.plan())
+            problem = meta_train.problem([shared], step.optimizer)
             if virtual is None:
                 virtual = candidate.engine.virtual_train(problem)
             few = Batch(*(part[: round(candidate.meta_share * len(part))] for part in meta))

@@ -13,13 +13,14 @@ import torch
 
 from benchmarks.peers import Higher, Textbook, TorchOpt
 from fastadvisor.config import MetaConfig, MethodConfig, ModelConfig, OptimizerConfig
+from fastadvisor.iterations import Iteration as OurIteration
+from fastadvisor.iterations import StepResult, build_iteration
 from fastadvisor.loading.batch import Batch
-from fastadvisor.metagrad import Engine, ForwardEngine, ReferenceEngine, build_engine, meta_schedule
+from fastadvisor.metagrad import Engine, ReferenceEngine, build_engine, meta_schedule
 from fastadvisor.methods import METHODS, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.optimizers import build_optimizer, parameter_groups
 from fastadvisor.runtime.execution import Execution
-from fastadvisor.step import Step, StepResult
 
 SIDE, CLASSES = 32, 10
 METHOD = "mfrw-mes"
@@ -105,9 +106,11 @@ class Parts:
         optimizer = build_optimizer(OptimizerConfig(), parameter_groups(model, 1.0, OptimizerConfig.lr))  # as a run takes it
         return cls(model, method, optimizer, advisor_optimizer, setting.execution())
 
-    def step(self, engine: Engine) -> Step:
+    def step(self, engine: Engine | None, **settings: Any) -> OurIteration:
         """Return our iteration with ``engine``."""
-        return Step(self.model, self.method, self.optimizer, self.advisor_optimizer, engine, self.execution)
+        return build_iteration(
+            self.model, self.method, self.optimizer, self.advisor_optimizer, engine, self.execution, **settings
+        )
 
     def peer(self, kind: type[Textbook]) -> Textbook:
         """Return an iteration written in the way of ``kind``."""
@@ -115,10 +118,10 @@ class Parts:
         return kind(self.model, self.method, self.optimizer, self.advisor_optimizer, self.execution)
 
 
-def plain(setting: Setting) -> Step:
+def plain(setting: Setting) -> OurIteration:
     """Cross-entropy, no advisor."""
     parts = Parts.of(setting, "ce")
-    return parts.step(ForwardEngine(parts.execution))
+    return parts.step(None)
 
 
 def textbook(setting: Setting) -> Textbook:
@@ -126,7 +129,7 @@ def textbook(setting: Setting) -> Textbook:
     return Parts.of(setting).peer(Textbook)
 
 
-def shared_double_backward(setting: Setting) -> Step:
+def shared_double_backward(setting: Setting) -> OurIteration:
     """Our step with the reference engine."""
     parts = Parts.of(setting)
     return parts.step(ReferenceEngine(parts.execution))
@@ -148,12 +151,15 @@ def ours(label: str, limit: float | None = None, meta_share: float = 1.0, **sett
     config = MetaConfig(**{"validate_meta_every": 0, **settings})
     schedule = meta_schedule(config, METHODS[METHOD])
 
-    def build(setting: Setting) -> Step:
+    def build(setting: Setting) -> OurIteration:
         parts = Parts.of(setting)
-        step = parts.step(build_engine(config, parts.model, (SIDE, SIDE), parts.execution))
-        step.interval, step.behind, step.lean = schedule.interval, schedule.behind, config.lean
-        step.attached = config.advisor_inputs == "attached"
-        return step
+        return parts.step(
+            build_engine(config, parts.model, (SIDE, SIDE), parts.execution),
+            interval=schedule.interval,
+            behind=schedule.behind,
+            lean=config.lean,
+            attached=config.advisor_inputs == "attached",
+        )
 
     return Contender(build, label, limit, iterations_per_cycle=schedule.interval, meta_share=meta_share)
 

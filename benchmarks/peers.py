@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from fastadvisor.iterations import StepResult
 from fastadvisor.loading.batch import Batch
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
 from fastadvisor.runtime.execution import Execution
-from fastadvisor.step import StepResult
 from fastadvisor_kernels import Beta
 
 Classifier = Callable[..., Tensor]

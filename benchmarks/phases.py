@@ -20,11 +20,11 @@ import torch
 from benchmarks.contenders import CONTENDERS, Setting, batches
 from benchmarks.step import synchronize
 from benchmarks.tables import commit
+from fastadvisor.iterations import Algorithm1
 from fastadvisor.metagrad import ForwardEngine
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.precision import pick_device
-from fastadvisor.step import Step
 
 T = TypeVar("T")
 UNITS = {
@@ -42,7 +42,8 @@ UNITS = {
 def measure(setting: Setting, batch_size: int, rounds: int) -> dict[str, float]:
     """Return the median milliseconds of each phase."""
     plain, step = CONTENDERS["plain"].build(setting), CONTENDERS["exact"].build(setting)
-    assert isinstance(step, Step)
+    assert isinstance(step, Algorithm1)
+    assert step.meta_train is not None
     engine, difference = step.engine, ForwardEngine(setting.execution(), tangent="difference")
     assert isinstance(engine, ForwardEngine)
     train, meta = batches(batch_size, setting.device)
@@ -58,8 +59,8 @@ def measure(setting: Setting, batch_size: int, rounds: int) -> dict[str, float]:
 
     for _ in range(rounds + 1):
         timed("plain step", partial(plain, train, None))
-        shared = timed("shared forward (a)", partial(step.loss_pre_calculation, train, step.draw(train)))
-        problem = step.problem(shared)
+        [shared] = timed("shared forward (a)", partial(step.loss_pre_calculation, train))
+        problem = step.meta_train.problem([shared], step.optimizer)
         virtual = timed("virtual backward (b)", partial(engine.virtual_train, problem))
         _, g = timed("meta forward and backward (c)", partial(engine.gradient_at, step.model, virtual, meta))
         gradients = timed("tangent pass and advisor (c)", partial(engine.to_advisor, problem, g))

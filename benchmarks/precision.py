@@ -56,7 +56,14 @@ def cosines(trainer: Trainer, batches: int) -> Iterator[tuple[str, str, float]]:
     for _ in range(batches):
         train, meta = trainer.train_loader.next_batch(), trainer.meta_loader.next_batch()
         for name, kind in METHODS.items():
-            config = replace(trainer.config, method=name, meta_engine="forward", approx_meta=False, nan_policy="ignore")
+            config = replace(
+                trainer.config,
+                method=name,
+                meta_engine="forward",
+                approx_meta=False,
+                virtual_gradient="own",
+                nan_policy="ignore",
+            )
             torch.manual_seed(0)
             method = build_method(config, trainer.model.head.in_features, len(trainer.data.classes))
             if not method.learns:
@@ -76,14 +83,15 @@ def gradient(
 ) -> Tensor:
     """Return the meta-gradient as one vector; nothing of the run is touched."""
     step = build_step(config, trainer.model, method, Execution(trainer.device, dtype), shape)
-    step.behind = False
+    assert step.meta_train is not None
     for group in step.optimizer.param_groups:
         group["lr"] = config.lr
     state = RandomState.now(trainer.device)
     with state.replayed(), trainer.model.frozen_statistics():
         torch.manual_seed(1)
-        problem = step.problem(step.loss_pre_calculation(train, step.draw(train)))
-        found = step.engine.meta_gradient(problem, step.engine.virtual_train(problem), meta)
+        shared, engine = step.forward_pass(train, step.draw(train), step.meta_train.engine.plan()), step.meta_train.engine
+        problem = step.meta_train.problem([shared], step.optimizer)
+        found = engine.meta_gradient(problem, engine.virtual_train(problem), meta)
     return torch.cat([part.flatten().float() for part in found.gradients])
 
 

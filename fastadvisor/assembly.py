@@ -3,19 +3,19 @@
 import torch
 
 from fastadvisor.config import Config
-from fastadvisor.metagrad import Engine, ForwardEngine, build_engine, meta_schedule
+from fastadvisor.iterations import Iteration, build_iteration
+from fastadvisor.metagrad import Engine, build_engine, meta_schedule
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
 from fastadvisor.optimizers import TORCH, build_optimizer, parameter_groups
 from fastadvisor.runtime.execution import Execution
-from fastadvisor.step import Step
-from fastadvisor.watch import Watch
+from fastadvisor.runtime.watch import Watch
 
 
 def build_step(
     config: Config, model: SplitClassifier, method: Method, execution: Execution, image_shape: tuple[int, int]
-) -> Step:
-    """Return the step of ``config`` for a model and a method that are on their device.
+) -> Iteration:
+    """Return the iteration of ``config`` for a model and a method that are on their device.
 
     Args:
         config: all settings.
@@ -27,7 +27,7 @@ def build_step(
     schedule = meta_schedule(config, type(method))
     deferred = defers(config, execution)
     watch = Watch(config.nan_policy == "skip", gradients=execution.scaler is None, ranks=execution.ranks, deferred=deferred)
-    return Step(
+    return build_iteration(
         model,
         method,
         build_optimizer(config, parameter_groups(model, config.layer_decay, config.lr)),
@@ -55,10 +55,8 @@ def defers(config: Config, execution: Execution) -> bool:
 
 def _engine(
     config: Config, model: SplitClassifier, method: Method, execution: Execution, image_shape: tuple[int, int]
-) -> Engine:
-    if not method.learns:
-        return ForwardEngine(execution)  # never asked
-    return build_engine(config, model, image_shape, execution)
+) -> Engine | None:
+    return build_engine(config, model, image_shape, execution) if method.learns else None
 
 
 def _advisor_optimizer(config: Config, method: Method, *, fused: bool) -> torch.optim.Optimizer | None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadvisor.iterations import StepResult
 from fastadvisor.runtime.ranks import Ranks
-from fastadvisor.step import StepResult
 
 
 class Progress:

@@ -15,8 +15,8 @@ from fastadvisor.runtime import memory
 from fastadvisor.runtime.console import tell
 from fastadvisor.runtime.run_folder import check_writable
 from fastadvisor.runtime.timer import median
+from fastadvisor.runtime.watch import NonFiniteError
 from fastadvisor.trainer import Trainer
-from fastadvisor.watch import NonFiniteError
 
 ITERATIONS = 10
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config, to_dict, validated
 from fastadvisor.errors import UserError
+from fastadvisor.iterations import Iteration
 from fastadvisor.loading import Batch
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
@@ -24,8 +25,7 @@ from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, memory_format, pick_device
 from fastadvisor.runtime.random_state import CommonRandomness, RandomState
 from fastadvisor.runtime.share import Share
-from fastadvisor.step import Step
-from fastadvisor.watch import NonFiniteError, distance_to_cause
+from fastadvisor.runtime.watch import NonFiniteError, distance_to_cause
 
 if TYPE_CHECKING:
     from fastadvisor.trainer import Trainer
@@ -148,7 +148,7 @@ def replay(run: str | os.PathLike[str], *, device: str = "auto") -> dict[str, An
         return {"iteration": state["iteration"], "epoch": state["epoch"] + 1, "said": state["name"], **found}
 
 
-def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Path) -> Step:
+def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Path) -> Iteration:
     config = validated(Config, {**state["config"], "pretrained": False, "weights": None, "nan_policy": "stop"})
     shape = (int(train.images.shape[2]), int(train.images.shape[3]))
     execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None)
@@ -163,13 +163,14 @@ def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Pa
     if method.advisor is not None and step.advisor_optimizer is not None:
         checkpoint.load_model_state(method.advisor, state["advisor"], path)
         load_state(step.advisor_optimizer, state["advisor_optimizer"])
-    step.engine.load_state_dict(state["engine"])
+    if step.engine is not None:
+        step.engine.load_state_dict(state["engine"])
     execution.load_state_dict(state["execution"])
     step.iteration = state["iteration"] - 1
     return step
 
 
-def _take(step: Step, state: dict[str, Any], train: Batch, meta: Batch | None) -> dict[str, Any]:
+def _take(step: Iteration, state: dict[str, Any], train: Batch, meta: Batch | None) -> dict[str, Any]:
     device = step.execution.device
     train = Batch(*(tensor.to(device) for tensor in train))
     meta = None if meta is None else Batch(*(tensor.to(device) for tensor in meta))

@@ -21,9 +21,11 @@ from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.evaluation import Accuracy, accuracy
+from fastadvisor.iterations import OneStepBehind, StepResult
 from fastadvisor.loading import Batch, EvaluationLoader, Loader, build_loaders
 from fastadvisor.metagrad import ValidatedEngine
 from fastadvisor.methods import build_method
+from fastadvisor.methods.collapse import Collapse
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
 from fastadvisor.optimizers import WeightAverage, load_state
@@ -38,9 +40,8 @@ from fastadvisor.runtime.precision import amp_dtype, memory_format, use_tf32
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
+from fastadvisor.runtime.watch import NonFiniteError
 from fastadvisor.schedule import PhaseEpochs, at, divide, learning_rate
-from fastadvisor.step import StepResult
-from fastadvisor.watch import Collapse, NonFiniteError
 
 KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}
 """What parts of a checkpoint are taken as they are, without anything that would look at them."""
@@ -408,7 +409,7 @@ class Trainer:
             "advisor_optimizer": None if advisor is None else advisor.state_dict(),
             "iteration": self.step.iteration,
             "skipped": 0 if self.step.watch is None else self.step.watch.skipped,
-            "engine": self.step.engine.state_dict(),
+            "engine": {} if self.step.engine is None else self.step.engine.state_dict(),
             "execution": self.execution.state_dict(),
             "ranks": self.ranks.gather(own),
         }
@@ -441,7 +442,8 @@ class Trainer:
         self.step.iteration = state["iteration"]
         if self.step.watch is not None:
             self.step.watch.skipped = state["skipped"]
-        self.step.engine.load_state_dict(state["engine"])
+        if self.step.engine is not None:
+            self.step.engine.load_state_dict(state["engine"])
         self.execution.load_state_dict(state["execution"])
         self.progress.load_state_dict(state["progress"])
         self.epoch, self.history = state["epoch"], state["history"]
@@ -466,10 +468,14 @@ class Trainer:
 
     def meta_gradient(self) -> str | None:
         """Say how the meta-gradient is computed; None where the method needs none."""
-        if not self.method.learns:
+        if self.step.engine is None:
             return None
         when = "" if self.step.interval == 1 else f"; every {self.step.interval} iterations"
-        return self.step.engine.describe() + when + ("; the advisor one step behind" if self.step.behind else "")
+        return (
+            self.step.engine.describe()
+            + when
+            + ("; the advisor one step behind" if isinstance(self.step, OneStepBehind) else "")
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds, all of it measured."""

@@ -14,11 +14,11 @@ import torch
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
+from fastadvisor.iterations import Iteration
 from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
 from fastadvisor.runtime.ranks import ALONE
-from fastadvisor.step import Step
 from fastadvisor.trainer import Trainer
 from tests.faults import flips, kills
 
@@ -31,14 +31,14 @@ def settings(output, **changes):
 
 def after(monkeypatch, iteration, what):
     """Do ``what`` in the middle of the step with that number (counted over both parts of a run)."""
-    call = Step.__call__
+    call = Iteration.__call__
 
     def spy(self, train, meta):
         if self.iteration + 1 == iteration:
             what()
         return call(self, train, meta)
 
-    monkeypatch.setattr(Step, "__call__", spy)
+    monkeypatch.setattr(Iteration, "__call__", spy)
 
 
 @pytest.mark.parametrize("iteration", [1, 6, 8, 12])

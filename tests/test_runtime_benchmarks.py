@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import optimizers as benchmark
 from benchmarks import watch
-from fastadvisor.watch import Watch
+from fastadvisor.runtime.watch import Watch
 
 ARGUMENTS = ["--model", "resnet8", "--device", "cpu", "--steps", "1", "--rounds", "1"]
 

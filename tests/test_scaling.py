@@ -8,10 +8,10 @@ from torchvision.models import resnet18
 
 from benchmarks import scaling
 from benchmarks.scaling import Averaging, Engine, Machine, Network
+from fastadvisor.iterations import build_iteration
 from fastadvisor.metagrad import ForwardEngine
 from fastadvisor.models.sync_batch_norm import synchronise
 from fastadvisor.runtime.ranks import Ranks
-from fastadvisor.step import Step
 from tests.metagrad.problem import plain, problem
 
 SIMPLE = Machine(tflops=1e-12, utilisation=1.0, node=2, nvlink=100.0, network=10.0, latency=0.0)
@@ -71,7 +71,7 @@ def test_the_messages_of_a_synchronised_normalisation(name, method, settings):
     norms = synchronise(task.model.model, ranks)
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
     advisor = None if task.method.advisor is None else torch.optim.SGD(task.method.advisor.parameters(), lr=0.1)
-    step = Step(task.model, task.method, optimizer, advisor, ForwardEngine(plain), plain, **settings)
+    step = build_iteration(task.model, task.method, optimizer, advisor, ForwardEngine(plain), plain, **settings)
     step(task.train, task.meta)
     assert len(ranks.sent) == norms * engine(name).norm_collectives
 

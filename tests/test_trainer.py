@@ -13,10 +13,10 @@ from fastadvisor import trainer as trainer_module
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
+from fastadvisor.iterations import Iteration
 from fastadvisor.launch import train_config
 from fastadvisor.loading.backends import dali
 from fastadvisor.models.cifar_resnet import CifarResNet
-from fastadvisor.step import Step
 from fastadvisor.trainer import Trainer, step_ms
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
@@ -314,8 +314,8 @@ def test_a_step_leaves_nothing_for_the_collector(changes):
     """A cycle would hold the graph of a step through the next one."""
     run = trainer(**changes)
     held = []
-    calculate = run.step.loss_pre_calculation
-    run.step.loss_pre_calculation = lambda *a, **k: held.append(weakref.ref(shared := calculate(*a, **k))) or shared
+    calculate = run.step.shared_pass.run
+    run.step.shared_pass.run = lambda *a, **k: held.append(weakref.ref(shared := calculate(*a, **k))) or shared
     gc.collect()
     gc.disable()
     try:
@@ -358,14 +358,14 @@ def test_training_that_diverges_stops_with_a_sentence(tmp_path):
 
 
 def test_weights_that_end_as_nan_do_not_pass_as_trained(tmp_path, monkeypatch):
-    step = Step.actual_train
+    step = Iteration.actual_train
 
     def poisoned(self, shared):
         loss = step(self, shared)
         next(self.model.parameters()).data.fill_(float("nan"))
         return loss
 
-    monkeypatch.setattr(Step, "actual_train", poisoned)
+    monkeypatch.setattr(Iteration, "actual_train", poisoned)
     with pytest.raises(UserError, match="weights not finite"):
         train_config(settings(tmp_path / "run", method="ce", batch_size=486))  # one step an epoch: its loss was fine
     assert not (tmp_path / "run" / "model.pt").exists()

@@ -11,19 +11,20 @@ import torch
 
 from fastadvisor import assembly, cli, launch, rehearsal
 from fastadvisor import replay as replaying
-from fastadvisor import watch as watching
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
+from fastadvisor.iterations import Iteration
 from fastadvisor.launch import train_config
 from fastadvisor.methods import Advice
+from fastadvisor.methods.collapse import Collapse
 from fastadvisor.replay import replay
 from fastadvisor.runtime import checkpoint
+from fastadvisor.runtime import watch as watching
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.run_folder import RunFolder
-from fastadvisor.step import Step
+from fastadvisor.runtime.watch import NonFiniteError, Watch
 from fastadvisor.trainer import Trainer
-from fastadvisor.watch import Collapse, NonFiniteError, Watch
 from tests.faults import soak
 from tests.faults.kills import same
 
@@ -103,7 +104,7 @@ def test_the_run_stops_names_the_tensor_and_can_be_replayed(tmp_path, monkeypatc
 @pytest.mark.parametrize(("changes", "looks"), [({}, 12), ({"approx_meta": True}, 9)], ids=["meta step", "no meta step"])
 def test_the_replayed_step_is_the_one_that_was_taken(tmp_path, monkeypatch, changes, looks):
     """Same numbers, not only the same fault: the peaks of all passes, which hang on weights, advisor, batches and β."""
-    call, passes, counted, taken = Step.__call__, Watch.passes, [], []
+    call, passes, counted, taken = Iteration.__call__, Watch.passes, [], []
 
     def listened(self, train, meta):
         modules = {"classifier": self.model.model, "advisor": self.method.advisor}
@@ -116,7 +117,7 @@ def test_the_replayed_step_is_the_one_that_was_taken(tmp_path, monkeypatch, chan
             raise NonFiniteError("the training loss")
         return passes(self, values, gradients)
 
-    monkeypatch.setattr(Step, "__call__", listened)
+    monkeypatch.setattr(Iteration, "__call__", listened)
     monkeypatch.setattr(Watch, "passes", false_alarm)
     with pytest.raises(UserError, match="Iteration 6 "):
         train_config(settings(tmp_path / "run", **changes))
@@ -231,14 +232,14 @@ def test_a_long_training_holds_no_more_tensors_than_a_short_one(flags):
 @contextlib.contextmanager
 def memory_for(images, monkeypatch):
     """A machine whose memory ends at a batch of so many images."""
-    call = Step.__call__
+    call = Iteration.__call__
 
     def limited(self, train, meta):
         if len(train.labels) > images:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return call(self, train, meta)
 
-    monkeypatch.setattr(Step, "__call__", limited)
+    monkeypatch.setattr(Iteration, "__call__", limited)
     yield
     monkeypatch.undo()
 
@@ -290,7 +291,7 @@ def test_an_operation_without_a_deterministic_form_is_named(tmp_path, monkeypatc
     def refuse(self, train, meta):
         raise RuntimeError("adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but you set ...")
 
-    monkeypatch.setattr(Step, "__call__", refuse)
+    monkeypatch.setattr(Iteration, "__call__", refuse)
     with pytest.raises(UserError, match="--deterministic: torch's adaptive_max_pool2d_backward_cuda has no such form"):
         train_config(settings(tmp_path / "run", deterministic=True))
     assert not torch.are_deterministic_algorithms_enabled()
@@ -371,7 +372,7 @@ def test_a_deferred_watch_stops_an_iteration_later_and_the_weights_are_as_before
 ):
     """An epoch has four iterations: after the last one nothing is tested or saved before it has been looked at."""
     before, taken = {}, []
-    call = Step.__call__
+    call = Iteration.__call__
 
     def watched(self, train, meta):
         taken.append(self.iteration + 1)
@@ -382,7 +383,7 @@ def test_a_deferred_watch_stops_an_iteration_later_and_the_weights_are_as_before
         return call(self, train, meta)
 
     spoil(monkeypatch, iteration, damage)
-    monkeypatch.setattr(Step, "__call__", watched)
+    monkeypatch.setattr(Iteration, "__call__", watched)
     with pytest.raises(UserError, match=rf"Iteration {iteration} \(epoch 2\): {says} is not finite. The batch \(ids \d+, "):
         train_config(settings(tmp_path / "run", method="mfrw-mes", lr=0.1, schedule="cosine"))
     monkeypatch.undo()
@@ -410,14 +411,14 @@ def test_a_deferred_watch_stops_an_iteration_later_and_the_weights_are_as_before
 
 def test_a_bad_gradient_reaches_no_weight_though_the_advisor_has_stepped(tmp_path, monkeypatch, deferred):
     """The meta step is sound, so the advisor takes it; the classifier's gradient is not. Replay begins before both."""
-    call = Step._classifier_step
+    call = Iteration.classifier_step
 
     def spoilt(self, losses):
         if self.iteration == 6:
             next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[0] = float("nan")
         return call(self, losses)
 
-    monkeypatch.setattr(Step, "_classifier_step", spoilt)
+    monkeypatch.setattr(Iteration, "classifier_step", spoilt)
     with pytest.raises(UserError, match=r"Iteration 6 \(epoch 2\): the gradient of conv1.weight is not finite"):
         train_config(settings(tmp_path / "run", method="mfrw-mes"))
     monkeypatch.undo()

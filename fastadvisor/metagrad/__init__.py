@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 from fastadvisor.config import MetaConfig
 from fastadvisor.errors import UserError
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, SharedForward, VirtualStep
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
 from fastadvisor.metagrad.forward import ForwardEngine, Tangent
 from fastadvisor.metagrad.layerwise import GradientSamplers, LayerwiseEngine, LearnedLayers
 from fastadvisor.metagrad.reference import ReferenceEngine
+from fastadvisor.metagrad.shared_pass import Plan, SharedForward, SharedPass
 from fastadvisor.metagrad.validated import ValidatedEngine
+from fastadvisor.metagrad.virtual_step import VirtualStep
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier, cut_at, layers_of
 from fastadvisor.runtime.console import note
@@ -26,6 +28,7 @@ __all__ = [
     "Plan",
     "ReferenceEngine",
     "SharedForward",
+    "SharedPass",
     "ValidatedEngine",
     "VirtualStep",
     "build_engine",

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.loading.batch import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan, SharedForward
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
 from fastadvisor.metagrad.head_tangent import Dual, HeadTangent, loss_tangent, training_loss_tangent, without_forward_mode
+from fastadvisor.metagrad.shared_pass import Plan, SharedForward
 from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice
 from fastadvisor.models import Cut, SplitClassifier

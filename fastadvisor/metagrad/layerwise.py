@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d, gumbel_softmax
 
 from fastadvisor.loading.batch import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
 from fastadvisor.metagrad.forward import ForwardEngine
+from fastadvisor.metagrad.shared_pass import Plan
 from fastadvisor.models import Layer, SplitClassifier
 from fastadvisor.runtime.execution import Execution
 

@@ -7,7 +7,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from fastadvisor.loading.batch import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
+from fastadvisor.metagrad.shared_pass import Plan
 from fastadvisor.models import Cut
 from fastadvisor.runtime.execution import Execution
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastadvisor.loading.batch import Batch
-from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem, Plan
+from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
+from fastadvisor.metagrad.shared_pass import Plan
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.runtime.ranks import ALONE, Ranks
 

@@ -26,6 +26,11 @@ class Advice(NamedTuple):
     weight: Tensor | None = None
     """(B,) factor of each sample's loss."""
 
+    def named(self, pattern: str) -> dict[str, Tensor | None]:
+        """Return the advisor's outputs by what ``pattern`` makes of their names."""
+        outputs = {"mask": self.mask, "equalisation": self.equalisation, "weight": self.weight}
+        return {pattern.format(name): value for name, value in outputs.items()}
+
     def detach(self) -> "Advice":
         """Return the same advice as constants."""
         mask, equalisation, weight = (

@@ -11,10 +11,10 @@ import torch
 
 from fastadvisor.cli import main
 from fastadvisor.errors import UserError
-from fastadvisor.step import Step
+from fastadvisor.iterations import Iteration
 from fastadvisor.trainer import Trainer
 
-call = Step.__call__
+call = Iteration.__call__
 batches = Trainer.batches
 
 
@@ -43,7 +43,7 @@ def spoilt(self, phase):
     return train, meta
 
 
-Step.__call__ = faulty
+Iteration.__call__ = faulty
 Trainer.batches = spoilt
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import nn
 
+from fastadvisor.iterations import build_iteration
 from fastadvisor.metagrad import ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers, ValidatedEngine
 from fastadvisor.models import cut_at, layers_of
 from fastadvisor.models.sync_batch_norm import synchronise
@@ -17,8 +18,7 @@ from fastadvisor.optimizers import parameter_groups
 from fastadvisor.runtime import ranks as module
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.ranks import ALONE, Ranks
-from fastadvisor.step import Step
-from fastadvisor.watch import Watch
+from fastadvisor.runtime.watch import Watch
 from tests.metagrad.problem import SIZE, batch, problem
 
 ITERATIONS, TRAIN, META = 3, 16, 8
@@ -92,7 +92,7 @@ def train(case, ranks, kind):
     decay = 0.5 if "layer-wise" in case else 1.0
     optimizer = torch.optim.SGD(parameter_groups(task.model, decay, 0.1), lr=0.1, momentum=0.9, weight_decay=5e-4)
     advisor = None if task.method.advisor is None else torch.optim.SGD(task.method.advisor.parameters(), lr=10.0)
-    step = Step(task.model, task.method, optimizer, advisor, chosen, execution, watch=Watch(ranks=ranks), **changes)
+    step = build_iteration(task.model, task.method, optimizer, advisor, chosen, execution, watch=Watch(ranks=ranks), **changes)
     generator = torch.Generator().manual_seed(11)
     torch.manual_seed(5)
     if ranks.count > 1:

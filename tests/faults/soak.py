@@ -15,8 +15,8 @@ import torch
 
 from fastadvisor.cli import parse_config
 from fastadvisor.config import Config
+from fastadvisor.iterations import Iteration
 from fastadvisor.launch import train_config
-from fastadvisor.step import Step
 
 
 def resident_mb():
@@ -33,7 +33,7 @@ def live_tensors():
 def soak(iterations, every, flags, say=print):
     """Return (iteration, MiB, live tensors) at every ``every``-th iteration."""
     seen = []
-    call = Step.__call__
+    call = Iteration.__call__
 
     def counting(self, train, meta):
         result = call(self, train, meta)
@@ -42,13 +42,13 @@ def soak(iterations, every, flags, say=print):
             say(f"{self.iteration:8,} iterations  {seen[-1][1]:8.1f} MiB  {seen[-1][2]:6} tensors")
         return result
 
-    Step.__call__ = counting
+    Iteration.__call__ = counting
     try:
         with tempfile.TemporaryDirectory() as folder:
             usual = ["--device", "cpu", "--no-progress", "--no-tensorboard", "--output", str(Path(folder) / "run")]
             train_config(parse_config(Config, "train", "", ["--iterations", str(iterations), *flags, *usual]))
     finally:
-        Step.__call__ = call
+        Iteration.__call__ = call
     return seen
 
 

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.functional import dropout, linear, normalize
 
 from fastadvisor.config import MethodConfig
+from fastadvisor.iterations import build_iteration
 from fastadvisor.loading.batch import Batch
 from fastadvisor.methods import Method, build_method
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.runtime.execution import Execution
-from fastadvisor.step import Step
 
 CLASSES, SIZE = 5, 12
 plain = Execution()
@@ -133,10 +133,10 @@ class Problem:
         """What a meta step starts from, as the training step puts it; ``settings`` are the training step's."""
         torch.manual_seed(1)
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        whole = Step(self.model, self.method, optimizer, None, engine, plain, **settings)
-        shared = whole.loss_pre_calculation(self.train, whole.draw(self.train))
+        whole = build_iteration(self.model, self.method, optimizer, None, engine, plain, **settings)
+        shared = whole.forward_pass(self.train, whole.draw(self.train), engine.plan())
         torch.manual_seed(2)
-        posed = whole.problem(shared)
+        posed = whole.meta_train.problem([shared], optimizer)
         return posed if step is None else dataclasses.replace(posed, step=step)
 
     def central_difference(self, engine, direction, step=1e-6, **settings):

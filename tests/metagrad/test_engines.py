@@ -10,13 +10,13 @@ from torch.nn.functional import cosine_similarity
 import fastadvisor.metagrad.head_tangent as head_tangent
 import fastadvisor.methods.base as base
 from fastadvisor.errors import UserError
+from fastadvisor.iterations import build_iteration
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine, VirtualStep
 from fastadvisor.methods import Advice
 from fastadvisor.methods.l2rw import L2RW
 from fastadvisor.methods.mfrw_mes import MFRWMES
 from fastadvisor.models import cut_at
 from fastadvisor.runtime.execution import Execution
-from fastadvisor.step import Step
 from tests.metagrad.problem import CLASSES, HEADS, NETWORKS, SIZE, flat, hooked, plain, problem, relative
 
 NETWORKS_OF_ADVISORS = ["mfrw", "mes", "mfrw-mes", "mw-net"]
@@ -424,7 +424,7 @@ def test_a_spectral_normalisation_iterates_once_an_iteration(head, kind):
     alone.train()
     alone(task.train.images)
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
-    step = Step(task.model, task.method, optimizer, None, ForwardEngine(plain), plain, **kind)
+    step = build_iteration(task.model, task.method, optimizer, None, ForwardEngine(plain), plain, **kind)
     step(task.train, task.meta)
     vectors = [name for name, _ in alone.named_buffers() if name.endswith(("_u", "_v"))]
     assert len(vectors) == 2

@@ -5,12 +5,12 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from fastadvisor.errors import UserError
+from fastadvisor.iterations import build_iteration
 from fastadvisor.metagrad import ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers
 from fastadvisor.models import layers_of
 from fastadvisor.runtime import precision
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype
-from fastadvisor.step import Step
 from tests.metagrad.problem import NETWORKS, SIZE, flat, plain, problem
 from tests.test_watch import trainer
 
@@ -108,7 +108,7 @@ def learned_step(execution):
     engine = LayerwiseEngine(ForwardEngine(execution), task.model, layers, 2, learned)
     optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
     advisor = torch.optim.Adam(task.method.advisor.parameters())
-    step = Step(task.model, task.method, optimizer, advisor, engine, execution)
+    step = build_iteration(task.model, task.method, optimizer, advisor, engine, execution)
     return task, step, [task.model, task.method.advisor, learned.samplers]
 
 
@@ -149,7 +149,7 @@ def test_a_step_with_and_without_a_loss_scale_is_the_same_in_float32():
         task = problem("mfrw", dtype=torch.float32)
         optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9)
         advisor = torch.optim.Adam(task.method.advisor.parameters(), lr=1e-2)
-        step = Step(task.model, task.method, optimizer, advisor, ForwardEngine(execution), execution, clip=1.0)
+        step = build_iteration(task.model, task.method, optimizer, advisor, ForwardEngine(execution), execution, clip=1.0)
         for _ in range(3):
             step(task.train, task.meta)
         ends.append(torch.cat([p.detach().flatten() for m in (task.model, task.method.advisor) for p in m.parameters()]))
@@ -166,7 +166,9 @@ def test_micro_batches_add_up_to_the_batch(accumulate, behind):
         task.train = type(task.train)(*(part[:10] for part in task.train))
         optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9)
         advisor = torch.optim.SGD(task.method.advisor.parameters(), lr=1.0)
-        step = Step(task.model, task.method, optimizer, advisor, ForwardEngine(plain), plain, behind=behind, accumulate=parts)
+        step = build_iteration(
+            task.model, task.method, optimizer, advisor, ForwardEngine(plain), plain, behind=behind, accumulate=parts
+        )
         losses = [step(task.train, task.meta) for _ in range(3)]
         left = [p.detach().flatten() for m in (task.model, task.method.advisor) for p in m.parameters()]
         ends.append(torch.cat([*left, torch.stack([torch.stack([r.loss, r.meta_loss]) for r in losses]).flatten()]))

@@ -1,0 +1,174 @@
+"""What the iterations share: one call takes one step of training, of whatever kind."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadvisor.iterations.meta_train import MetaTrain
+from fastadvisor.loading.batch import Batch
+from fastadvisor.metagrad import Engine, Plan, SharedForward, SharedPass
+from fastadvisor.methods import Advice, Method
+from fastadvisor.methods.beta import rows_of
+from fastadvisor.models import SplitClassifier
+from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.update import Update
+from fastadvisor.runtime.watch import Watch
+from fastadvisor_kernels import Beta
+
+
+class StepResult(NamedTuple):
+    """Losses of an iteration, scalars on the device (reading them waits for it), of this rank's images."""
+
+    loss: Tensor
+    meta_loss: Tensor | None
+    """None in an iteration without a meta step, or where it was left out because something was not finite."""
+    skipped: bool = False
+    """Whether the classifier's step was left out because something was not finite."""
+
+
+@dataclass
+class Iteration(ABC):
+    """One iteration of training, which is called over and over; a subclass says what it consists of."""
+
+    model: SplitClassifier
+    method: Method
+    shared_pass: SharedPass
+    """Runs the classifier forward on the train batch."""
+    update: Update
+    """Takes the classifier's steps."""
+    meta_train: MetaTrain | None = None
+    """Teaches the advisor; None in training without meta-parameters."""
+    iteration: int = 0
+    """Iterations taken so far."""
+    advice: Advice | None = None
+    """Of the last actual step (with micro-batches, of the last of them)."""
+
+    @abstractmethod
+    def take(self, train: Batch, meta: Batch | None) -> StepResult:
+        """Take the step; ``meta`` is None where no meta step is due."""
+
+    def capturable(self) -> str | None:
+        """Return why the iteration cannot be captured in a CUDA graph, as a clause; None if it can."""
+        if self.watch is not None and not self.watch.deferred:
+            return "the host reads in every iteration whether its numbers are finite"
+        if self.execution.scaler is not None:
+            return "the host moves the loss scale of float16"
+        if self.execution.ranks.count > 1:
+            return "its gradients travel between processes"
+        return None if self.meta_train is None else self.meta_train.capturable()
+
+    def __call__(self, train: Batch, meta: Batch | None = None) -> StepResult:
+        """Take one step on ``train``; ``meta`` is None where no meta step is due.
+
+        Raises:
+            NonFiniteError: the watch found something, and does not skip.
+        """
+        self.iteration += 1
+        watch = self.watch
+        statistics = [buffer.clone() for buffer in self.model.buffers()] if watch is not None and watch.skip else []
+        result = self.take(train, meta)
+        self.execution.end_iteration()
+        if watch is not None:
+            watch.end_iteration(self.iteration)
+        if result.skipped:  # the forward pass has moved the running statistics
+            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+        return result
+
+    def due(self) -> tuple[str, ...]:
+        """Return the names of the batches that the next iteration needs: train, and meta where it has a meta step."""
+        meta = self.meta_train is not None and self.iteration % self.meta_train.interval == 0
+        return ("train", "meta") if meta else ("train",)
+
+    @property
+    def meta_is_due(self) -> bool:
+        """Whether the next iteration has a meta step, and so needs a meta batch."""
+        return "meta" in self.due()
+
+    def draw(self, train: Batch) -> Beta:
+        """Return the method's random numbers for ``train``: this rank's part of those for the batch of all ranks."""
+        common, rows = self.execution.common, len(train.labels)
+        with common.drawing():
+            whole = self.method.draw(common.share.whole(rows), train.labels.device)
+        return rows_of(whole, common.share.part(rows))
+
+    def forward_pass(self, train: Batch, draw: Beta, plan: Plan | None = None) -> SharedForward:
+        """Run the classifier forward for (a) and all that follows; ``plan`` is the engine's, None where no meta step does."""
+        return self.shared_pass.run(train, draw, Plan() if plan is None else plan, record=False, renewable=False)
+
+    def micro_batches(self, train: Batch) -> Iterator[SharedForward]:
+        """Run the micro-batches of ``train`` forward, one after the other, for a step without a meta step."""
+        for part in self.shared_pass.micro_batches(train, self.draw(train)):
+            yield self.forward_pass(*part)
+
+    def actual_train(self, parts: Iterable[SharedForward]) -> tuple[Tensor, bool]:
+        """(d) Actual-Train: w ← SGD(w, ∇w L(w; θ)) with today's advisor; return the loss, and whether the step was taken."""
+        losses: list[Tensor] = []
+        for shared in parts:
+            shared.restore()
+            with nullcontext() if self.shared_pass.attached else torch.no_grad():
+                advice = shared.advice_of(self.method, attached=self.shared_pass.attached)
+            losses.append(self.backward(shared, advice, len(losses)))
+        return self.classifier_step(losses)
+
+    def backward(self, shared: SharedForward, advice: Advice, number: int) -> Tensor:
+        """Take the gradients of micro-batch ``number`` under ``advice``, and return its loss."""
+        with self.execution(), shared.head_again(self.model):
+            loss = self.method.loss(shared.features, shared.batch.labels, self.model.head, advice)
+        self.advice = advice.detach()
+        self.update.backward(loss, number)
+        return loss.detach()
+
+    def classifier_step(self, losses: list[Tensor]) -> tuple[Tensor, bool]:
+        """Let the classifier's optimizer step; return the mean of ``losses``, and whether the step was taken."""
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        outputs = {} if self.advice is None else self.advice.named("the advisor's {}")
+        return loss, self.update.step({**outputs, "the training loss": loss}, self._named_gradients)
+
+    def _named_gradients(self) -> dict[str, Tensor | None]:
+        return {f"the gradient of {name}": parameter.grad for name, parameter in self.model.model.named_parameters()}
+
+    @property
+    def execution(self) -> Execution:
+        """How passes are run."""
+        return self.update.execution
+
+    @property
+    def watch(self) -> Watch | None:
+        """What looks at the numbers before they reach a weight."""
+        return self.update.watch
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The classifier's."""
+        assert self.update.optimizer is not None
+        return self.update.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self.update.optimizer = optimizer
+
+    @property
+    def advisor_optimizer(self) -> torch.optim.Optimizer | None:
+        """The advisor's, where there is an advisor."""
+        return None if self.meta_train is None else self.meta_train.update.optimizer
+
+    @advisor_optimizer.setter
+    def advisor_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.meta_train is not None
+        self.meta_train.update.optimizer = optimizer
+
+    @property
+    def engine(self) -> Engine | None:
+        """What computes the meta-gradient, where there is one."""
+        return None if self.meta_train is None else self.meta_train.engine
+
+    @property
+    def interval(self) -> int:
+        """Iterations from one meta step to the next."""
+        return 1 if self.meta_train is None else self.meta_train.interval

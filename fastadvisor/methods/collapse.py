@@ -1,0 +1,39 @@
+"""An advisor that has stopped advising."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fastadvisor.methods.base import Advice
+
+SATURATED = 4.6
+"""|u| from which σ(u) is under 0.01 or over 0.99."""
+COLLAPSED_SHARE = 0.99
+"""Share of saturated entries from which the advisor counts as collapsed: its gradient there is next to nothing."""
+
+
+@dataclass
+class Collapse:
+    """Notices when the masks or the equalisation of an epoch are nearly all at an end of their range."""
+
+    said: set[str] = field(default_factory=set)
+
+    def look(self, advice: Advice | None) -> dict[str, float]:
+        """Return the share of saturated entries of the last batch, by output."""
+        outputs = {} if advice is None else {"mask": advice.mask, "equalisation": advice.equalisation}
+        return {
+            f"{name}_saturated": float((value.abs() > SATURATED).float().mean())
+            for name, value in outputs.items()
+            if value is not None
+        }
+
+    def sentence(self, shares: Mapping[str, float]) -> str | None:
+        """Return what to tell the user, the first time that an output has collapsed."""
+        for key, share in shares.items():
+            name = key.removesuffix("_saturated")
+            if share >= COLLAPSED_SHARE and name not in self.said:
+                self.said.add(name)
+                return (
+                    f"The advisor has collapsed: {100 * share:.1f} % of its {name} is all but 0 or 1, where it cannot learn "
+                    "any more (said once). Lower --advisor-lr, raise --advisor-weight-decay, or take more meta images."
+                )
+        return None
