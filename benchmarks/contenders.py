@@ -17,13 +17,14 @@ from fastadvisor.iterations import Iteration as OurIteration
 from fastadvisor.iterations import StepResult, build_iteration
 from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, ReferenceEngine, build_engine, meta_schedule
-from fastadvisor.methods import METHODS, Method, build_method
+from fastadvisor.methods import METHODS, DataFacts, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.optimizers import build_optimizer, parameter_groups
 from fastadvisor.runtime.execution import Execution
 
 SIDE, CLASSES = 32, 10
 METHOD = "mfrw-mes"
+FACTS = DataFacts(CLASSES, 50_000, torch.full((CLASSES,), 5_000))
 EXACT_LIMIT, PEER_LIMIT = 1e-10, 1e-8
 """Largest relative error of a meta-gradient in float64: of ours, and of what others compute."""
 
@@ -98,10 +99,10 @@ class Parts:
         torch.manual_seed(0)
         model = build_model(ModelConfig(setting.model), CLASSES, (SIDE, SIDE)).to(setting.device, setting.dtype)
         model.to(memory_format=setting.memory_format)
-        method = build_method(MethodConfig(method=method_name), model.head.in_features, CLASSES)
+        method = build_method(MethodConfig(method=method_name), model.head.in_features, FACTS)
+        method.to(setting.device, setting.dtype)
         advisor_optimizer = None
         if method.advisor is not None:
-            method.advisor.to(setting.device, setting.dtype)
             advisor_optimizer = torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr)
         optimizer = build_optimizer(OptimizerConfig(), parameter_groups(model, 1.0, OptimizerConfig.lr))  # as a run takes it
         return cls(model, method, optimizer, advisor_optimizer, setting.execution())

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from fastadvisor.iterations import StepResult
 from fastadvisor.loading.batch import Batch
-from fastadvisor.methods import Method
+from fastadvisor.methods import Method, Seen
 from fastadvisor.models import SplitClassifier
 from fastadvisor.runtime.execution import Execution
 from fastadvisor_kernels import Beta
@@ -61,9 +61,9 @@ class Textbook:
         """Second forward pass: L(w; θ), a scalar with a graph to the weights and to the advisor."""
         with self.execution():
             features = classifier(train.images, features=True)
-        advice = self.method.advise(features.detach(), loss_pre, train.labels, draw)
+        advice = self.method.advise(Seen(features.detach(), loss_pre, train, draw))
         with self.execution():
-            return self.method.loss(features, train.labels, head, advice)
+            return self.method.loss(features, train, head, advice)
 
     def meta_loss(self, train: Batch, meta: Batch, loss_pre: Tensor, draw: Beta) -> Tensor:
         """(b) Virtual-Train and (c) Lmeta(w'), a scalar with a second-order graph to the advisor."""
@@ -81,9 +81,9 @@ class Textbook:
         with self.execution():
             features = self.model(train.images, features=True)
         with torch.no_grad():
-            advice = self.method.advise(features, loss_pre, train.labels, draw)
+            advice = self.method.advise(Seen(features, loss_pre, train, draw))
         with self.execution():
-            loss = self.method.loss(features, train.labels, self.model.head, advice)
+            loss = self.method.loss(features, train, self.model.head, advice)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

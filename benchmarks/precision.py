@@ -65,13 +65,11 @@ def cosines(trainer: Trainer, batches: int) -> Iterator[tuple[str, str, float]]:
                 nan_policy="ignore",
             )
             torch.manual_seed(0)
-            method = build_method(config, trainer.model.head.in_features, len(trainer.data.classes))
+            method = build_method(config, trainer.model.head.in_features, trainer.facts).to(trainer.device)
             if not method.learns:
                 continue
             if isinstance(trainer.method, kind):
                 method = trainer.method
-            elif method.advisor is not None:
-                method.advisor.to(trainer.device)
             exact = gradient(trainer, config, method, None, train, meta, shape)
             for dtype_name, dtype in DTYPES.items():
                 mixed = gradient(trainer, config, method, dtype, train, meta, shape)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastadvisor.config import Config
-from fastadvisor.methods import build_method
+from fastadvisor.methods import DataFacts, build_method
 from fastadvisor.models import build_model, cut_at, layers_of
 from fastadvisor.runtime.ranks import BUCKET_BYTES
 
@@ -129,7 +129,8 @@ def count(name: str, size: int, classes: int) -> Network:
         below = counter.get_total_flops()
     parameters = sum(p.numel() for p in model.parameters())
     head = sum(p.numel() for p in model.head.parameters())
-    advisor = build_method(config, model.head.in_features, classes).advisor
+    facts = DataFacts(classes, classes, torch.ones(classes, dtype=torch.int64))
+    advisor = build_method(config, model.head.in_features, facts).advisor
     assert advisor is not None
     return Network(
         parameters,

@@ -71,7 +71,7 @@ def accuracy(
     model.train(training)
     total, first, five = ranks.total(counts.clone()).tolist()
     per_class = [100 * hits / images if images else None for hits, images in zip(first, total, strict=True)]
-    groups = many_medium_few(per_class, data.class_counts())
+    groups = many_medium_few(per_class, data.true_class_counts())
     images = sum(total)
     if not images:
         raise UserError("None of the images to test on can be read: replace them (the run's bad_images.csv lists them).")

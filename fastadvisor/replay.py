@@ -17,7 +17,7 @@ from fastadvisor.config import Config, to_dict, validated
 from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
 from fastadvisor.loading import Batch
-from fastadvisor.methods import build_method
+from fastadvisor.methods import DataFacts, build_method
 from fastadvisor.models import build_model
 from fastadvisor.optimizers import load_state
 from fastadvisor.runtime import checkpoint
@@ -60,7 +60,7 @@ class Beginning:
 
     def __init__(self) -> None:
         self.iteration = 0
-        self._advisor, self._advisor_optimizer = Snapshot(), Snapshot()
+        self._method, self._advisor_optimizer = Snapshot(), Snapshot()
         self._with_advisor = False
 
     def take(self, trainer: "Trainer", train: Batch, meta: Batch | None) -> None:
@@ -68,17 +68,22 @@ class Beginning:
         self.iteration, self.train, self.meta = trainer.step.iteration + 1, train, meta
         self.random, self.common = RandomState.now(trainer.device), trainer.execution.common.state_dict()
         self.rates = [group["lr"] for group in trainer.step.optimizer.param_groups]
-        advisor, optimizer = trainer.method.advisor, trainer.step.advisor_optimizer
-        self._with_advisor = meta is not None and advisor is not None and optimizer is not None
-        if self._with_advisor and advisor is not None and optimizer is not None:
-            self._advisor.take(advisor.state_dict())
+        optimizer = trainer.step.advisor_optimizer
+        self._with_advisor = meta is not None and optimizer is not None
+        self._method.take(trainer.method.state_dict())
+        if meta is not None and optimizer is not None:
             self._advisor_optimizer.take(optimizer.state_dict())
 
     def changed(self) -> dict[str, Any]:
         """Return the parts of a checkpoint that have moved on since."""
-        parts = {"iteration": self.iteration, "random_before": self.random.to_plain(), "common_before": self.common}
+        parts = {
+            "iteration": self.iteration,
+            "method": self._method.state(),
+            "random_before": self.random.to_plain(),
+            "common_before": self.common,
+        }
         if self._with_advisor:
-            parts |= {"advisor": self._advisor.state(), "advisor_optimizer": self._advisor_optimizer.state()}
+            parts["advisor_optimizer"] = self._advisor_optimizer.state()
         return parts
 
 
@@ -154,14 +159,12 @@ def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Pa
     execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None)
     model = build_model(config, len(state["classes"]), shape)
     checkpoint.load_model_state(model.model, state["model"], path)
-    method = build_method(config, model.head.in_features, len(state["classes"]))
+    method = build_method(config, model.head.in_features, DataFacts.of_plain(state["facts"])).to(device)
     model.to(device).to(memory_format=memory_format(config.memory_format, device, amp=config.amp))
-    if method.advisor is not None:
-        method.advisor.to(device)
+    checkpoint.load_model_state(method, state["method"], path)
     step = build_step(config, model, method, execution, shape)
     load_state(step.optimizer, state["optimizer"])
-    if method.advisor is not None and step.advisor_optimizer is not None:
-        checkpoint.load_model_state(method.advisor, state["advisor"], path)
+    if step.advisor_optimizer is not None:
         load_state(step.advisor_optimizer, state["advisor_optimizer"])
     if step.engine is not None:
         step.engine.load_state_dict(state["engine"])

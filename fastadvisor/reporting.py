@@ -52,7 +52,7 @@ def summary(config: Config, data: TrainingData, history: list[dict[str, Any]]) -
         "meta_size": len(data.meta_ids),
         "test_size": len(data.test),
         "val_size": 0 if data.val is None else len(data.val),
-        "class_counts": data.class_counts().tolist(),
+        "class_counts": data.true_class_counts().tolist(),
         "imbalance_factor": config.imbalance_factor,
         "meta_cosine": _mean_cosine(history),
         "noise": config.noise,

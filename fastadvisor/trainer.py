@@ -24,7 +24,7 @@ from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.iterations import OneStepBehind, StepResult
 from fastadvisor.loading import Batch, EvaluationLoader, Loader, build_loaders
 from fastadvisor.metagrad import ValidatedEngine
-from fastadvisor.methods import build_method
+from fastadvisor.methods import DataFacts, build_method
 from fastadvisor.methods.collapse import Collapse
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
@@ -81,11 +81,10 @@ class Trainer:
         self.model.to(device).to(memory_format=self.memory_format)
         if config.sync_bn and ranks.count > 1:
             synchronise(self.model.model, ranks)
-        self.method = build_method(config, self.model.head.in_features, len(data.classes))
+        self.facts = DataFacts(len(data.classes), len(data.labels), data.label_counts())
+        self.method = build_method(config, self.model.head.in_features, self.facts).to(device)
         self.method.batch_mean = lambda values: ranks.total(values.mean()) / ranks.count
-        if self.method.advisor is not None:
-            self.method.advisor.to(device)
-            ranks.align(self.method.advisor)
+        ranks.align(self.method)
         ranks.align(self.model)
         self.step = build_step(config, self.model, self.method, self.execution, shape)
         self.average = None if config.ema_decay is None else WeightAverage(self.model.model, config.ema_decay)
@@ -391,7 +390,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return everything needed to continue exactly: tensors and plain values only. All ranks together; rank 0 gets it."""
         self.ranks.align_buffers(self.model.model)
-        method, advisor = self.method.advisor, self.step.advisor_optimizer
+        advisor = self.step.advisor_optimizer
         own = {
             "random": checkpoint.random_states(),
             "train_loader": self.train_loader.state_dict(),
@@ -405,7 +404,8 @@ class Trainer:
             "model": self.model.model.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
-            "advisor": None if method is None else method.state_dict(),
+            "facts": self.facts.to_plain(),
+            "method": self.method.state_dict(),
             "advisor_optimizer": None if advisor is None else advisor.state_dict(),
             "iteration": self.step.iteration,
             "skipped": 0 if self.step.watch is None else self.step.watch.skipped,
@@ -431,13 +431,13 @@ class Trainer:
         if state["classes"] != self.data.classes:
             raise UserError(f"{path} was trained on other classes than the data set has now; restore the data, or start anew.")
         checkpoint.load_model_state(self.model.model, state["model"], path)
-        if (state["advisor"] is None) != (self.method.advisor is None):
+        if state["method"].keys() != self.method.state_dict().keys():
             raise UserError(f"{path} is a checkpoint of another method; use the --method it was trained with.")
+        checkpoint.load_model_state(self.method, state["method"], path)
         load_state(self.step.optimizer, state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if self.method.advisor is not None and self.step.advisor_optimizer is not None:
-            checkpoint.load_model_state(self.method.advisor, state["advisor"], path)
+        if self.step.advisor_optimizer is not None:
             load_state(self.step.advisor_optimizer, state["advisor_optimizer"])
         self.step.iteration = state["iteration"]
         if self.step.watch is not None:

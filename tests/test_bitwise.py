@@ -18,13 +18,13 @@ def recorded():
 
 def test_the_same_run_twice_is_the_same(recorded):
     saved = {name.split("'")[1] for name in recorded["checkpoint"]}
-    assert {"model", "optimizer", "advisor", "advisor_optimizer", "execution", "ranks"} <= saved
+    assert {"model", "optimizer", "method", "advisor_optimizer", "execution", "ranks"} <= saved
     assert differences(recorded, record(CASE)) == []
 
 
 def test_another_run_is_another_in_all_its_parts(recorded):
     found = differences(recorded, record(CASE | {"advisor_lr": 3e-4}))
-    for part in ("model[", "loss of epoch 1", "checkpoint['advisor']", "checkpoint['advisor_optimizer']"):
+    for part in ("model[", "loss of epoch 1", "checkpoint['method']", "checkpoint['advisor_optimizer']"):
         assert any(line.startswith(part) for line in found), part
 
 

@@ -33,7 +33,7 @@ class Table(nn.Module):
 
 def training_data(classes, counts):
     true = torch.repeat_interleave(torch.arange(classes), torch.tensor(counts))
-    labels = torch.zeros_like(true)  # noise: class_counts goes by the true labels
+    labels = torch.zeros_like(true)  # noise: true_class_counts goes by the true labels
     rows = torch.arange(len(true))
     none = torch.empty(0, 2, 4, 3, dtype=torch.uint8)
     images, test = ArrayImages(none), Split(ArrayImages(none), rows[:0])

@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastadvisor.config import MethodConfig, OptimizerConfig
+from fastadvisor.config import OptimizerConfig
 from fastadvisor.methods import Phase
 from fastadvisor.methods.finetune import Finetune
 from fastadvisor.schedule import divide, learning_rate
@@ -104,7 +104,7 @@ def test_every_epoch_belongs_to_one_phase(shares, epochs):
 
 
 def test_finetune_divides_as_its_fraction_says():
-    method = Finetune(MethodConfig(method="finetune", finetune_fraction=0.2, finetune_lr_factor=0.5), 8, 3)
+    method = Finetune(Finetune.Settings(finetune_fraction=0.2, finetune_lr_factor=0.5), 8, None)
     train, meta = divide(method.phases(), 50)
     assert (train.phase.source, train.start, train.end, train.phase.lr_factor) == ("train", 0, 40, 1.0)
     assert (meta.phase.source, meta.start, meta.end, meta.phase.lr_factor) == ("meta", 40, 50, 0.5)

@@ -462,7 +462,7 @@ def test_what_an_iteration_began_with_is_kept_without_new_tensors(tmp_path):
     run.folder = RunFolder(tmp_path)
     for _ in range(4):
         run._watched_step(*run.batches(run.phases[0]))
-    slots = [beginning._advisor._copies + beginning._advisor_optimizer._copies for beginning in run.recorder._beginnings]
+    slots = [beginning._method._copies + beginning._advisor_optimizer._copies for beginning in run.recorder._beginnings]
     where = [[tensor.data_ptr() for tensor in slot] for slot in slots]
     assert len(where[0]) > 16
     launched = []

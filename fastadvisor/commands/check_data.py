@@ -369,7 +369,7 @@ def _apply_protocol(report: Report, source: Source, config: CheckConfig, digests
             if not any(line.startswith("meta") or " meta images are" in line for line in report.problems):
                 report.problems.append(str(error))
             return
-    counts = data.class_counts()
+    counts = data.true_class_counts()
     least, most = int(counts.min()), int(counts.max())
     report.protocol = {
         "training": len(data.train_ids),

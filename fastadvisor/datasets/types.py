@@ -108,7 +108,11 @@ class TrainingData:
     meta_held_out: bool = True
     """Whether the meta-set was taken out of the training images, its labels believed; else the data set brought its own."""
 
-    def class_counts(self) -> Tensor:
+    def label_counts(self) -> Tensor:
+        """Training images per class, (C,) int64, by the label as given: what a method may know."""
+        return torch.bincount(self.labels[self.train_ids], minlength=len(self.classes))
+
+    def true_class_counts(self) -> Tensor:
         """Training images per class, (C,) int64, by the label before injected noise."""
         return torch.bincount(self.true_labels[self.train_ids], minlength=len(self.classes))
 

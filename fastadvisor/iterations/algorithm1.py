@@ -42,11 +42,11 @@ class Algorithm1(Iteration):
         assert self.engine is not None
         plan, shared_pass = self.engine.plan(), self.shared_pass
         if shared_pass.accumulate == 1:
-            return [self.forward_pass(train, self.draw(train), plan)]
+            return [self.observed(self.forward_pass(train, self.draw(train), plan))]
         parts = []
         for part in shared_pass.micro_batches(train, self.draw(train)):
             with torch.no_grad():  # the graph is made when it is asked for
-                parts.append(self.forward_pass(*part, plan))
+                parts.append(self.observed(self.forward_pass(*part, plan)))
             parts[-1].for_tangent = False  # or all graphs would be there at once
             parts[-1].release()
         return parts

@@ -70,14 +70,15 @@ class Iteration(ABC):
         """
         self.iteration += 1
         watch = self.watch
-        statistics = [buffer.clone() for buffer in self.model.buffers()] if watch is not None and watch.skip else []
+        kept = [*self.model.buffers(), *self.method.buffers()] if watch is not None and watch.skip else []
+        before = [buffer.clone() for buffer in kept]
         result = self.take(train, meta)
         self.execution.end_iteration()
         if watch is not None:
             watch.end_iteration(self.iteration)
-        if result.skipped:  # the forward pass has moved the running statistics
-            for buffer, before in zip(self.model.buffers(), statistics, strict=True):
-                buffer.copy_(before)
+        if result.skipped:  # the forward pass has moved the running statistics, and what the method notes of samples
+            for buffer, value in zip(kept, before, strict=True):
+                buffer.copy_(value)
         return result
 
     def due(self) -> tuple[str, ...]:
@@ -104,7 +105,24 @@ class Iteration(ABC):
     def micro_batches(self, train: Batch) -> Iterator[SharedForward]:
         """Run the micro-batches of ``train`` forward, one after the other, for a step without a meta step."""
         for part in self.shared_pass.micro_batches(train, self.draw(train)):
-            yield self.forward_pass(*part)
+            yield self.observed(self.forward_pass(*part))
+
+    def observed(self, shared: SharedForward) -> SharedForward:
+        """Let the method look at a forward pass of this iteration, once, and return the pass."""
+        if type(self.method).observe is not Method.observe:
+            z_BC, batch = shared.logits, shared.batch
+            if self.execution.ranks.count > 1:
+                z_BC, labels, ids = (self._of_all_ranks(part) for part in (z_BC, batch.labels, batch.ids))
+                batch = Batch(batch.images, labels, ids)
+            self.method.observe(z_BC, batch)
+        return shared
+
+    @torch.no_grad()
+    def _of_all_ranks(self, rows: Tensor) -> Tensor:
+        share = self.execution.common.share
+        whole = rows.new_zeros((share.whole(len(rows)), *rows.shape[1:]))
+        whole[share.part(len(rows))] = rows
+        return self.execution.ranks.total(whole)
 
     def actual_train(self, parts: Iterable[SharedForward]) -> tuple[Tensor, bool]:
         """(d) Actual-Train: w ← SGD(w, ∇w L(w; θ)) with today's advisor; return the loss, and whether the step was taken."""
@@ -119,7 +137,7 @@ class Iteration(ABC):
     def backward(self, shared: SharedForward, advice: Advice, number: int) -> Tensor:
         """Take the gradients of micro-batch ``number`` under ``advice``, and return its loss."""
         with self.execution(), shared.head_again(self.model):
-            loss = self.method.loss(shared.features, shared.batch.labels, self.model.head, advice)
+            loss = self.method.loss(shared.features, shared.batch, self.model.head, advice)
         self.advice = advice.detach()
         self.update.backward(loss, number)
         return loss.detach()

@@ -45,7 +45,7 @@ class OneStepBehind(Iteration):
         losses: list[Tensor] = []
         problems: list[MetaProblem] = []
         for part in self.shared_pass.micro_batches(train, self.draw(train)):
-            shared = self.forward_pass(*part, plan)
+            shared = self.observed(self.forward_pass(*part, plan))
             problem = replace(self.meta_train.problem([shared], self.optimizer), stepped=True)
             losses.append(self.backward(shared, problem.training_advice(), len(losses)))
             problems.append(problem)

@@ -41,9 +41,8 @@ class MetaProblem:
         """Return the advice as the training loss takes it when its gradient for the classifier is wanted."""
         if not self.attached:
             return self.advice.detach()
-        shared = self.shared
-        if shared.renewals:  # the advice hangs on the graph that was let go
-            return self.method.advise(shared.features, shared.loss_pre, shared.batch.labels, shared.draw)
+        if self.shared.renewals:  # the advice hangs on the graph that was let go
+            return self.shared.advice_of(self.method, attached=True)
         return self.advice
 
 

@@ -23,7 +23,7 @@ from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
 from fastadvisor.metagrad.head_tangent import Dual, HeadTangent, loss_tangent, training_loss_tangent, without_forward_mode
 from fastadvisor.metagrad.shared_pass import Plan, SharedForward
 from fastadvisor.metagrad.tangent import Tangents
-from fastadvisor.methods.base import Advice
+from fastadvisor.methods.base import Advice, Seen
 from fastadvisor.models import Cut, SplitClassifier
 from fastadvisor.runtime.execution import Execution
 
@@ -79,7 +79,7 @@ class ForwardEngine(Engine):
         shared = part.shared
         shared.restore()
         with self.execution(), shared.head_again(part.model):
-            return part.method.loss(shared.features, shared.batch.labels, part.model.head, part.training_advice())
+            return part.method.loss(shared.features, shared.batch, part.model.head, part.training_advice())
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta(w') and its gradient. ``virtual`` may hold more weights than those that count."""
@@ -143,7 +143,7 @@ class ForwardEngine(Engine):
         if problem.attached:
             advice, moved = self._moving_advice(problem, features, direction)
         with shared.head_again(model):
-            return training_loss_tangent(problem.method, features, shared.batch.labels, model.head, direction, advice, moved)
+            return training_loss_tangent(problem.method, features, shared.batch, model.head, direction, advice, moved)
 
     def _tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
@@ -194,19 +194,17 @@ class ForwardEngine(Engine):
     @staticmethod
     def _moving_advice(problem: MetaProblem, f: Dual, direction: HeadTangent) -> tuple[Advice, Advice]:
         """Return the advice with its graph to θ alone, and its tangent along the inputs' own: the advisor sees duals."""
-        shared, method, labels = problem.shared, problem.method, problem.shared.batch.labels
+        shared = problem.shared
         with torch.no_grad(), shared.head_again(problem.model):
-            loss_dot = loss_tangent(f, labels, problem.model.head, direction)
+            loss_dot = loss_tangent(f, shared.batch.labels, problem.model.head, direction)
         with forward_ad.dual_level():
             features = forward_ad.make_dual(f.primal, f.tangent.to(f.primal.dtype))
             loss_pre = shared.loss_pre.detach()
-            dual = method.advise(features, forward_ad.make_dual(loss_pre, loss_dot.to(loss_pre.dtype)), labels, shared.draw)
-            parts = [
-                (None, None) if part is None else tuple(forward_ad.unpack_dual(part))
-                for part in (dual.mask, dual.equalisation, dual.weight)
-            ]
-        (mask, mask_dot), (equalisation, equalisation_dot), (weight, weight_dot) = parts
-        return Advice(mask, equalisation, dual.beta, weight), Advice(mask_dot, equalisation_dot, None, weight_dot)
+            losses = forward_ad.make_dual(loss_pre, loss_dot.to(loss_pre.dtype))
+            advice = problem.method.advise(Seen(features, losses, shared.batch, shared.draw))
+            parts = {name: forward_ad.unpack_dual(part) for name, part in advice.outputs.items()}
+        primal = Advice(beta=advice.beta, **{name: part.primal for name, part in parts.items()})
+        return primal, Advice(**{name: part.tangent for name, part in parts.items()})
 
 
 def _length(tensors: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 
 from fastadvisor.errors import UserError
+from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice, Method
 from fastadvisor.models import is_plain_linear
@@ -32,7 +33,7 @@ class Dual(NamedTuple):
 def training_loss_tangent(
     method: Method,
     f: Dual,
-    labels: Tensor,
+    batch: Batch,
     head: nn.Linear,
     head_tangent: HeadTangent,
     advice: Advice,
@@ -48,15 +49,16 @@ def training_loss_tangent(
     Raises:
         UserError: the head has an operation without a forward-mode derivative.
     """
-    closed = type(method).loss is Method.loss
+    kind = type(method)
+    closed = kind.loss is Method.loss and kind.sample_losses is Method.sample_losses
     function = closed_tangent if closed else double_backward_tangent
-    return function(method, f, labels, head, head_tangent, advice, advice_tangent or Advice())
+    return function(method, f, batch, head, head_tangent, advice, advice_tangent or Advice())
 
 
 def closed_tangent(
     method: Method,
     f: Dual,
-    labels: Tensor,
+    batch: Batch,
     head: nn.Linear,
     head_tangent: HeadTangent,
     advice: Advice,
@@ -65,21 +67,23 @@ def closed_tangent(
     """L̇ = mean_i ( w_i (Σ_k p̃_k (ż_k + ȧ_k) − ż_y) + ẇ_i ℓ_i ), ż = W ḣ + Ẇ h + ḃ, ȧ_k = ∂a_k/∂v_k v̇_k; in the dtype of
     the head's parameters. ȧ and ẇ only where the advice moves.
     """
-    dtype = next(head.parameters()).dtype
-    if advice.mask is None:
+    dtype, labels = next(head.parameters()).dtype, batch.labels
+    mask, equalisation, weight = (advice.get(name) for name in ("mask", "equalisation", "weight"))
+    mask_dot, equalisation_dot, weight_dot = (advice_tangent.get(name) for name in ("mask", "equalisation", "weight"))
+    if mask is None:
         h, h_dot = f.primal.to(dtype), f.tangent.to(dtype)
     else:
-        h, h_dot = reweight_dual(f.primal, f.tangent, advice.mask)
-        if advice_tangent.mask is not None:
-            mask = torch.sigmoid(advice.mask)
-            h_dot = h_dot + mask * (1 - mask) * advice_tangent.mask * f.primal.to(dtype)
+        h, h_dot = reweight_dual(f.primal, f.tangent, mask)
+        if mask_dot is not None:
+            gate = torch.sigmoid(mask)
+            h_dot = h_dot + gate * (1 - gate) * mask_dot * f.primal.to(dtype)
     z, z_dot = logits(head, h, h_dot, head_tangent)
-    loss_dot = tangent_loss(z, z_dot, advice.equalisation, labels, advice.beta, advice_tangent.equalisation)
-    if advice.weight is None:
+    loss_dot = tangent_loss(z, z_dot, equalisation, labels, advice.beta, equalisation_dot)
+    if weight is None:
         return loss_dot.mean()
-    loss_dot = advice.weight * loss_dot
-    if advice_tangent.weight is not None:
-        loss_dot = loss_dot + advice_tangent.weight * mes_cross_entropy(z, advice.equalisation, labels, advice.beta)
+    loss_dot = weight * loss_dot
+    if weight_dot is not None:
+        loss_dot = loss_dot + weight_dot * mes_cross_entropy(z, equalisation, labels, advice.beta)
     return loss_dot.mean()
 
 
@@ -127,7 +131,7 @@ def without_forward_mode(what: str, error: NotImplementedError | None = None) ->
 def double_backward_tangent(
     method: Method,
     f: Dual,
-    labels: Tensor,
+    batch: Batch,
     head: nn.Linear,
     head_tangent: HeadTangent,
     advice: Advice,
@@ -138,13 +142,8 @@ def double_backward_tangent(
     parameters = dict(head.named_parameters())
     inputs = [leaf, *(parameters[name] for name in head_tangent)]
     directions = [f.tangent, *head_tangent.values()]
-    for value, direction in (
-        (advice.mask, advice_tangent.mask),
-        (advice.equalisation, advice_tangent.equalisation),
-        (advice.weight, advice_tangent.weight),
-    ):
-        if value is not None and direction is not None:
-            inputs.append(value)
-            directions.append(direction)
-    gradients = torch.autograd.grad(method.loss(leaf, labels, head, advice), inputs, create_graph=True)
+    for name, direction in advice_tangent.outputs.items():
+        inputs.append(advice.outputs[name])
+        directions.append(direction)
+    gradients = torch.autograd.grad(method.loss(leaf, batch, head, advice), inputs, create_graph=True)
     return torch.stack([(g * d).sum() for g, d in zip(gradients, directions, strict=True)]).sum()

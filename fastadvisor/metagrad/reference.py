@@ -33,7 +33,7 @@ class ReferenceEngine(Engine):
         model, shared = problem.model, problem.shared
         parameters = model.part_parameters(self.cut)
         with self.execution(), shared.head_again(model):
-            loss = problem.method.loss(shared.features, shared.batch.labels, model.head, problem.advice)
+            loss = problem.method.loss(shared.features, shared.batch, model.head, problem.advice)
         gradients = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad.tangent import Recording, Tape
-from fastadvisor.methods.base import Advice, Method
+from fastadvisor.methods.base import Advice, Method, Seen
 from fastadvisor.methods.beta import rows_of
 from fastadvisor.models import Cut, Entering, SplitClassifier, is_plain_linear
 from fastadvisor.runtime.execution import Execution
@@ -42,6 +42,8 @@ class SharedForward:
     batch: Batch
     features: Tensor
     """(B, D), with the backbone's graph."""
+    logits: Tensor
+    """(B, C) of the unmasked features, constants."""
     loss_pre: Tensor
     """(B,) plain cross-entropy on unmasked features (Algorithm 1, Loss pre-calculation); with a graph only where the
     advisor's inputs are attached."""
@@ -74,7 +76,7 @@ class SharedForward:
     def advice_of(self, method: Method, *, attached: bool) -> Advice:
         """Return what ``method`` advises on the features; ``attached``: with a graph to them, too."""
         features = self.features if attached else self.features.detach()
-        return method.advise(features, self.loss_pre, self.batch.labels, self.draw)
+        return method.advise(Seen(features, self.loss_pre, self.batch, self.draw))
 
     @contextmanager
     def head_again(self, model: SplitClassifier) -> Iterator[None]:
@@ -135,8 +137,8 @@ class SharedPass:
         with self.execution():
             features, at_cut = self._features(train, plan, tape)
         at_head = None if is_plain_linear(self.model.head) else RandomState.now(train.images.device)
-        loss_pre = self._loss_pre(features, train)
-        shared = SharedForward(train, features, loss_pre, draw, start, at_cut, at_head, tape)
+        logits, loss_pre = self._loss_pre(features, train)
+        shared = SharedForward(train, features, logits, loss_pre, draw, start, at_cut, at_head, tape)
         if renewable:
             shared.again = partial(self._run_again, plan)  # not bound to it: a cycle would hold its tape until collected
         return shared
@@ -157,14 +159,15 @@ class SharedPass:
             tape.forget(seen[0].position)
         return features, seen[0]
 
-    def _loss_pre(self, features: Tensor, train: Batch) -> Tensor:
+    def _loss_pre(self, features: Tensor, train: Batch) -> tuple[Tensor, Tensor]:
         with nullcontext() if self.attached else torch.no_grad(), self.execution():
             logits = self.model.head(features)
-            return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), train.labels, reduction="none")
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return logits.detach(), cross_entropy(wide, train.labels, reduction="none")
 
     def _run_again(self, plan: Plan, shared: SharedForward) -> None:
         shared.tape = Tape() if plan.record and not self.model.compiled else None
         with shared.start.random_state.replayed(), self.model.frozen_statistics(), self.execution():
             shared.features, shared.at_cut = self._features(shared.batch, plan, shared.tape)
         with shared.head_again(self.model):
-            shared.loss_pre = self._loss_pre(shared.features, shared.batch)
+            _, shared.loss_pre = self._loss_pre(shared.features, shared.batch)

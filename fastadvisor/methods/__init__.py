@@ -2,7 +2,7 @@
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.errors import UserError, nearest
-from fastadvisor.methods.base import Advice, Method, Phase
+from fastadvisor.methods.base import Advice, Clock, DataFacts, Method, Phase, Seen, settings_of
 from fastadvisor.methods.ce import CrossEntropy
 from fastadvisor.methods.finetune import Finetune
 from fastadvisor.methods.l2rw import L2RW
@@ -23,7 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "mfrw-mes": MFRWMES,
 }
 
-__all__ = ["METHODS", "Advice", "Method", "Phase", "build_method", "check_method"]
+__all__ = ["METHODS", "Advice", "Clock", "DataFacts", "Method", "Phase", "Seen", "build_method", "check_method"]
 
 
 def check_method(name: str) -> None:
@@ -32,11 +32,17 @@ def check_method(name: str) -> None:
         raise UserError(f"Unknown method {name!r}.{nearest(name, METHODS)} Methods: {', '.join(METHODS)}.")
 
 
-def build_method(config: MethodConfig, features: int, classes: int) -> Method:
-    """Build the method ``config.method`` for D ``features`` and C ``classes``.
+def build_method(config: MethodConfig, features: int, facts: DataFacts) -> Method:
+    """Build the method ``config.method``.
+
+    Args:
+        config: its settings, by name.
+        features: D.
+        facts: of the training set.
 
     Raises:
         UserError: an unknown method.
     """
     check_method(config.method)
-    return METHODS[config.method](config, features, classes)
+    kind = METHODS[config.method]
+    return kind(settings_of(kind, config), features, facts)

@@ -1,42 +1,41 @@
 """What a method is: the loss it puts behind the features, and the meta-parameters that steer it.
 
-Shapes: B samples, D features, C classes; ``f`` features, ``u`` mask and ``v`` equalisation before the sigmoid.
+Shapes: B samples, C classes, D features, N sample ids; ``f`` features, ``z`` logits, ``u`` mask and ``v`` equalisation before
+the sigmoid.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.config import MethodConfig
+from fastadvisor.loading.batch import Batch
 from fastadvisor_kernels import Beta, mes_cross_entropy, reweight_features
 
+GATES = ("mask", "equalisation")
+"""Outputs of an advisor that are taken through a sigmoid."""
 
-class Advice(NamedTuple):
-    """What the meta-parameters say of a batch; each part is None where the method does without it."""
 
-    mask: Tensor | None = None
-    """u (B, D): features become f ⊙ σ(u)."""
-    equalisation: Tensor | None = None
-    """v (B, C): class k weighs 1 − β σ(v_k) in the softmax."""
-    beta: Beta = None
-    """As in ``mes_cross_entropy``."""
-    weight: Tensor | None = None
-    """(B,) factor of each sample's loss."""
+class DataFacts(NamedTuple):
+    """What a method may know of the training set."""
 
-    def named(self, pattern: str) -> dict[str, Tensor | None]:
-        """Return the advisor's outputs by what ``pattern`` makes of their names."""
-        outputs = {"mask": self.mask, "equalisation": self.equalisation, "weight": self.weight}
-        return {pattern.format(name): value for name, value in outputs.items()}
+    classes: int
+    """C."""
+    samples: int
+    """N: sample ids are below it."""
+    label_counts: Tensor
+    """(C,) int64: training images per class, by the labels as given, which may be wrong; never by the true ones."""
 
-    def detach(self) -> "Advice":
-        """Return the same advice as constants."""
-        mask, equalisation, weight = (
-            None if part is None else part.detach() for part in (self.mask, self.equalisation, self.weight)
-        )
-        return Advice(mask, equalisation, self.beta, weight)
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as a checkpoint holds it."""
+        return self._asdict()
+
+    @classmethod
+    def of_plain(cls, state: Mapping[str, Any]) -> "DataFacts":
+        """Return what :meth:`to_plain` was taken of."""
+        return cls(int(state["classes"]), int(state["samples"]), state["label_counts"])
 
 
 @dataclass
@@ -48,17 +47,77 @@ class Phase:
     lr_factor: float = 1.0
 
 
-class Method:
-    """Plain cross-entropy, and the frame of every other method.
+class Clock(NamedTuple):
+    """Where a run stands."""
 
-    A method with meta-parameters builds an ``advisor`` and overrides :meth:`advise`. One whose loss is not
-    :meth:`loss` overrides that too; its meta-gradient stays exact (metagrad/head_tangent.py).
+    epoch: int
+    """Counted from 0."""
+    epochs: int
+    """Of the whole run."""
+    stage: int = 0
+    """Which stage of :meth:`Method.stages`, counted from 0."""
+    stage_epoch: int = 0
+    """Within the stage, counted from 0."""
+    stage_epochs: int = 1
+    """Of the stage."""
+
+
+class Seen(NamedTuple):
+    """What the meta-parameters are shown of a batch."""
+
+    features: Tensor
+    """(B, D)."""
+    losses: Tensor
+    """(B,) plain cross-entropy on unmasked features, float32 (Algorithm 1, Loss Pre-calculation)."""
+    batch: Batch
+    """Images, labels (B,) and ids (B,)."""
+    draw: Beta
+    """What :meth:`Method.draw` returned for these samples."""
+
+
+class Advice:
+    """What the meta-parameters say of a batch: named tensors, and β. What a method does without is not there.
+
+    mask, u (B, D): features become f ⊙ σ(u). equalisation, v (B, C): class k weighs 1 − β σ(v_k) in the softmax.
+    weight (B,): factor of each sample's loss.
 
     Args:
-        config: the method's settings.
-        features: D.
-        classes: C.
+        beta: as in ``mes_cross_entropy``.
+        outputs: tensors by name; None is left out.
     """
+
+    def __init__(self, *, beta: Beta = None, **outputs: Tensor | None) -> None:
+        self.beta = beta
+        self.outputs: dict[str, Tensor] = {name: value for name, value in outputs.items() if value is not None}
+
+    def get(self, name: str) -> Tensor | None:
+        """Return the output ``name``; None where the method does without it."""
+        return self.outputs.get(name)
+
+    def detach(self) -> "Advice":
+        """Return the same advice as constants."""
+        return Advice(beta=self.beta, **{name: value.detach() for name, value in self.outputs.items()})
+
+    def named(self, pattern: str) -> dict[str, Tensor]:
+        """Return the outputs by what ``pattern`` makes of their names."""
+        return {pattern.format(name): value for name, value in self.outputs.items()}
+
+
+class Method(nn.Module):
+    """Plain cross-entropy, and the frame of every other method. Parameters and buffers are saved with the run.
+
+    A method with another loss overrides :meth:`sample_losses`; one with meta-parameters builds an ``advisor`` and overrides
+    :meth:`advise`. The meta-gradient stays exact with any loss (metagrad/head_tangent.py).
+
+    Args:
+        settings: an instance of the method's ``Settings``.
+        features: D.
+        facts: of the training set.
+    """
+
+    @dataclass
+    class Settings:
+        """The settings of plain cross-entropy: none. A method with settings has a dataclass of this name of its own."""
 
     advisor_lr: ClassVar[float] = 1e-4
     """Adam's rate where the user gives none (paper 4.2)."""
@@ -66,10 +125,11 @@ class Method:
     of_one_batch: ClassVar[bool] = False
     """Whether the meta-parameters belong to the batch and are forgotten after it, as L2RW's are."""
 
-    def __init__(self, config: MethodConfig, features: int, classes: int) -> None:
-        self.config = config
+    def __init__(self, settings: Any, features: int, facts: DataFacts) -> None:
+        super().__init__()
+        self.settings = settings
         self.features = features
-        self.classes = classes
+        self.facts = facts
         self.advisor: nn.Module | None = None
         self.batch_mean: Callable[[Tensor], Tensor] = Tensor.mean
         """(B,) to the mean over the whole batch, of which there may be other parts elsewhere; differentiable."""
@@ -96,19 +156,53 @@ class Method:
         """Return the parts of the run, whose shares sum to 1."""
         return [Phase()]
 
+    def begin_epoch(self, clock: Clock) -> None:
+        """Prepare for an epoch; ``clock`` alone decides how.
+
+        Called once more where a run is resumed in the middle of an epoch.
+        """
+
     def draw(self, rows: int, device: torch.device) -> Beta:
         """Return this iteration's random numbers for ``rows`` samples, shared by Virtual-Train and Actual-Train."""
         return None
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
+    def observe(self, z_BC: Tensor, batch: Batch) -> None:
+        """Look at the logits of a batch: the only place where buffers may change.
+
+        Called before the advice and the loss, once an iteration for every sample: with micro-batches for each of them.
+
+        Args:
+            z_BC: logits of unmasked features, constants, in the dtype of the forward pass.
+            batch: labels (B,) and ids (B,). Of several processes all see the samples of all, but the images of their own.
+        """
+
+    def advise(self, seen: Seen) -> Advice:
         """Return the advice on a batch, with a graph to the advisor's parameters.
 
-        The inputs are constants, unless ``--advisor-inputs attached``: then a graph to them too.
+        What is ``seen`` are constants, unless ``--advisor-inputs attached``: then a graph to them too.
         """
         return Advice()
 
-    def loss(self, f_BD: Tensor, labels: Tensor, head: nn.Module, advice: Advice) -> Tensor:
+    def sample_losses(self, z_BC: Tensor, batch: Batch) -> Tensor:
+        """Return the training loss of each sample (B,), float32, differentiable in the logits ``z_BC``."""
+        return mes_cross_entropy(z_BC, None, batch.labels, None)
+
+    def loss(self, f_BD: Tensor, batch: Batch, head: nn.Module, advice: Advice) -> Tensor:
         """Return the mean training loss, a scalar (Algorithm 1, Virtual-Train and Actual-Train)."""
-        h_BD = f_BD if advice.mask is None else reweight_features(f_BD, advice.mask)
-        loss_B = mes_cross_entropy(head(h_BD), advice.equalisation, labels, advice.beta)
-        return (loss_B if advice.weight is None else advice.weight * loss_B).mean()
+        mask, equalisation, weight = (advice.get(name) for name in ("mask", "equalisation", "weight"))
+        z_BC = head(f_BD if mask is None else reweight_features(f_BD, mask))
+        if equalisation is None:
+            loss_B = self.sample_losses(z_BC, batch)
+        else:
+            loss_B = mes_cross_entropy(z_BC, equalisation, batch.labels, advice.beta)
+        return (loss_B if weight is None else weight * loss_B).mean()
+
+    def adjust(self, z_BC: Tensor) -> Tensor:
+        """Return the logits that are tested, (B, C), for those of the classifier."""
+        return z_BC
+
+
+def settings_of(kind: type[Method], config: object) -> Any:
+    """Return the ``Settings`` of the method ``kind`` as ``config`` has them by name; the defaults where it has none."""
+    own = kind.Settings
+    return own(**{field.name: getattr(config, field.name) for field in fields(own) if hasattr(config, field.name)})

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fastadvisor.methods.base import Advice
+from fastadvisor.methods.base import GATES, Advice
 
 SATURATED = 4.6
 """|u| from which σ(u) is under 0.01 or over 0.99."""
@@ -19,11 +19,10 @@ class Collapse:
 
     def look(self, advice: Advice | None) -> dict[str, float]:
         """Return the share of saturated entries of the last batch, by output."""
-        outputs = {} if advice is None else {"mask": advice.mask, "equalisation": advice.equalisation}
         return {
             f"{name}_saturated": float((value.abs() > SATURATED).float().mean())
-            for name, value in outputs.items()
-            if value is not None
+            for name, value in ({} if advice is None else advice.outputs).items()
+            if name in GATES
         }
 
     def sentence(self, shares: Mapping[str, float]) -> str | None:

@@ -1,12 +1,24 @@
 """Cross-entropy on everything, then on the meta-set."""
 
+from dataclasses import dataclass
+
+from fastadvisor.config import Fraction, Positive
 from fastadvisor.methods.base import Method, Phase
 
 
 class Finetune(Method):
     """The last ``finetune_fraction`` of the epochs trains on the meta-set at ``finetune_lr_factor`` of the rate."""
 
+    @dataclass
+    class Settings:
+        """The second part of the run."""
+
+        finetune_fraction: Fraction = 0.2
+        """finetune: last part of the epochs, spent on the meta-set."""
+        finetune_lr_factor: Positive = 0.1
+        """finetune: learning rate of that part, over --lr."""
+
     def phases(self) -> list[Phase]:
         """Return the two phases; each runs its own schedule from start to end."""
-        fraction = self.config.finetune_fraction
-        return [Phase("train", 1 - fraction), Phase("meta", fraction, self.config.finetune_lr_factor)]
+        fraction = self.settings.finetune_fraction
+        return [Phase("train", 1 - fraction), Phase("meta", fraction, self.settings.finetune_lr_factor)]

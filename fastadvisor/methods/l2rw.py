@@ -6,9 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastadvisor.config import MethodConfig
-from fastadvisor.methods.base import Advice, Method
-from fastadvisor_kernels import Beta
+from fastadvisor.methods.base import Advice, DataFacts, Method, Seen
 
 
 class L2RW(Method):
@@ -20,8 +18,8 @@ class L2RW(Method):
 
     of_one_batch: ClassVar[bool] = True
 
-    def __init__(self, config: MethodConfig, features: int, classes: int) -> None:
-        super().__init__(config, features, classes)
+    def __init__(self, settings: Method.Settings, features: int, facts: DataFacts) -> None:
+        super().__init__(settings, features, facts)
         self._weight_B: Tensor | None = None
 
     @property
@@ -38,10 +36,10 @@ class L2RW(Method):
         """Forget the last batch."""
         self._weight_B = None
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
+    def advise(self, seen: Seen) -> Advice:
         """Return ε before Meta-Train, the learnt weights after it."""
         if self._weight_B is None:
-            self._weight_B = torch.zeros_like(loss_B, requires_grad=True)
+            self._weight_B = torch.zeros_like(seen.losses, requires_grad=True)
         return Advice(weight=self._weight_B)
 
     def meta_parameter_names(self) -> list[str]:

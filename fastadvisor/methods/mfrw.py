@@ -1,22 +1,24 @@
 """Meta Feature Re-Weighting: the advisor masks the features (paper 3.3)."""
 
-from torch import Tensor
+from dataclasses import dataclass
 
-from fastadvisor.advisor import Advisor
-from fastadvisor.config import MethodConfig
-from fastadvisor.methods.base import Advice, Method
-from fastadvisor_kernels import Beta
+from fastadvisor.methods.advisor import Advisor, AdvisorSettings
+from fastadvisor.methods.base import Advice, DataFacts, Method, Seen
 
 
 class MFRW(Method):
     """Cross-entropy on f ⊙ σ(u); unmasked at the meta step and at test time."""
 
-    def __init__(self, config: MethodConfig, features: int, classes: int) -> None:
-        super().__init__(config, features, classes)
-        self.advisor = Advisor(features, classes, config.advisor_width, mask=True, equalisation=False)
+    @dataclass
+    class Settings(AdvisorSettings):
+        """Those of the advisor."""
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
+    def __init__(self, settings: Settings, features: int, facts: DataFacts) -> None:
+        super().__init__(settings, features, facts)
+        self.advisor = Advisor(features, facts.classes, settings.advisor_width, mask=True, equalisation=False)
+
+    def advise(self, seen: Seen) -> Advice:
         """Return the mask."""
         assert self.advisor is not None
-        u_BD, _ = self.advisor(f_BD, loss_B)
+        u_BD, _ = self.advisor(seen.features, seen.losses)
         return Advice(mask=u_BD)

@@ -1,28 +1,32 @@
 """MFRW and MES together, from one embedding (paper 3.5)."""
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
-from fastadvisor.advisor import Advisor
-from fastadvisor.config import MethodConfig
-from fastadvisor.methods.base import Advice, Method
-from fastadvisor.methods.beta import draw_beta
+import torch
+
+from fastadvisor.methods.advisor import Advisor, AdvisorSettings
+from fastadvisor.methods.base import Advice, DataFacts, Method, Seen
+from fastadvisor.methods.beta import BetaSettings, draw_beta
 from fastadvisor_kernels import Beta
 
 
 class MFRWMES(Method):
     """Equalised softmax cross-entropy on masked features."""
 
-    def __init__(self, config: MethodConfig, features: int, classes: int) -> None:
-        super().__init__(config, features, classes)
-        self.advisor = Advisor(features, classes, config.advisor_width, mask=True, equalisation=True)
+    @dataclass
+    class Settings(BetaSettings, AdvisorSettings):
+        """Those of the advisor and of β."""
+
+    def __init__(self, settings: Settings, features: int, facts: DataFacts) -> None:
+        super().__init__(settings, features, facts)
+        self.advisor = Advisor(features, facts.classes, settings.advisor_width, mask=True, equalisation=True)
 
     def draw(self, rows: int, device: torch.device) -> Beta:
         """Return this iteration's β."""
-        return draw_beta(self.config, rows, self.classes, device)
+        return draw_beta(self.settings, rows, self.facts.classes, device)
 
-    def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
+    def advise(self, seen: Seen) -> Advice:
         """Return mask and equalisation."""
         assert self.advisor is not None
-        u_BD, v_BC = self.advisor(f_BD, loss_B)
-        return Advice(mask=u_BD, equalisation=v_BC, beta=draw)
+        u_BD, v_BC = self.advisor(seen.features, seen.losses)
+        return Advice(mask=u_BD, equalisation=v_BC, beta=seen.draw)

@@ -62,7 +62,7 @@ def test_sizes_of_the_papers_tables(classes, per_class, totals):
         assert len(data.train_ids) == total
         assert torch.bincount(data.true_labels[data.meta_ids]).tolist() == [per_class] * classes
         if (classes, per_class, factor) == (10, 100, 200):
-            assert data.class_counts().tolist() == [4900, 2719, 1509, 837, 465, 258, 143, 79, 44, 24]
+            assert data.true_class_counts().tolist() == [4900, 2719, 1509, 837, 465, 258, 143, 79, 44, 24]
 
 
 def test_meta_and_train_are_disjoint_and_meta_is_clean():
@@ -111,13 +111,13 @@ def test_the_source_is_left_as_it_was():
 def test_tail_by_the_true_label_then_noise_or_the_other_way_round():
     common = {"imbalance_factor": 10, "noise": "flip", "noise_rate": 0.3}
     after = prepare(balanced(per_class=500), DataConfig(**common), 0)
-    assert after.class_counts().tolist() == [490, 379, 293, 227, 176, 136, 105, 81, 63, 49]
+    assert after.true_class_counts().tolist() == [490, 379, 293, 227, 176, 136, 105, 81, 63, 49]
     before = prepare(balanced(per_class=500), DataConfig(**common, noise_before_imbalance=True), 0)
     given = torch.bincount(before.labels[before.train_ids], minlength=10).tolist()
     wanted = [490, 379, 293, 227, 176, 136, 105, 81, 63, 49]
     assert all(count <= want for count, want in zip(given, wanted, strict=True))
     assert given[2:] == wanted[2:]  # class 2's own 70 % are enough for its share of the tail
-    assert before.class_counts().tolist() != given
+    assert before.true_class_counts().tolist() != given
 
 
 def test_no_meta_image_has_a_twin_in_training():

@@ -11,12 +11,13 @@ from torch.nn.functional import dropout, linear, normalize
 from fastadvisor.config import MethodConfig
 from fastadvisor.iterations import build_iteration
 from fastadvisor.loading.batch import Batch
-from fastadvisor.methods import Method, build_method
+from fastadvisor.methods import METHODS, DataFacts, Method, settings_of
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.runtime.execution import Execution
 
 CLASSES, SIZE = 5, 12
+FACTS = DataFacts(CLASSES, 16, torch.tensor([5, 4, 3, 2, 2]))
 plain = Execution()
 
 
@@ -155,9 +156,8 @@ def problem(method="mfrw-mes", network="batchnorm", dtype=torch.float64, method_
     model = split({**NETWORKS, **HEADS}[network](), network, (SIZE, SIZE), CLASSES).to(dtype)
     config = MethodConfig(method=method, **settings)
     features = model.head.in_features
-    built = build_method(config, features, CLASSES) if method_class is None else method_class(config, features, CLASSES)
-    if built.advisor is not None:
-        built.advisor.to(dtype)
+    kind = METHODS[method] if method_class is None else method_class
+    built = kind(settings_of(kind, config), features, FACTS).to(dtype)
     generator = torch.Generator().manual_seed(3)
     return Problem(model, built, batch(16, generator, dtype), batch(10, generator, dtype))
 

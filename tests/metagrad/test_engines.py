@@ -115,7 +115,7 @@ def test_the_virtual_step_with_the_optimizer_is_the_optimizers_own_step():
     posed = task.posed(engine, VirtualStep(0.1, optimizer))
     virtual = engine.virtual_train(posed)
     optimizer.zero_grad()
-    task.method.loss(posed.shared.features, task.train.labels, task.model.head, posed.advice.detach()).backward()
+    task.method.loss(posed.shared.features, task.train, task.model.head, posed.advice.detach()).backward()
     optimizer.step()
     for name, parameter in task.model.named_parameters():
         torch.testing.assert_close(virtual[name], parameter.detach(), rtol=1e-12, atol=1e-14)
@@ -141,8 +141,8 @@ class Shifted(L2RW):
     of_one_batch = False
     shift = 0.0
 
-    def advise(self, f_BD, loss_B, labels, draw):
-        self._weight_B = torch.as_tensor(self.shift).to(loss_B).expand(len(loss_B)).clone().requires_grad_()
+    def advise(self, seen):
+        self._weight_B = torch.as_tensor(self.shift).to(seen.losses).expand(len(seen.losses)).clone().requires_grad_()
         return Advice(weight=self._weight_B)
 
 
@@ -162,10 +162,9 @@ def test_l2rws_gradient_equals_finite_differences():
 class Focal(MFRWMES):
     """A method with a loss of its own, for which no closed form has been written."""
 
-    def loss(self, f_BD, labels, head, advice):
-        loss_B = base.mes_cross_entropy(
-            head(base.reweight_features(f_BD, advice.mask)), advice.equalisation, labels, advice.beta
-        )
+    def loss(self, f_BD, batch, head, advice):
+        z_BC = head(base.reweight_features(f_BD, advice.get("mask")))
+        loss_B = base.mes_cross_entropy(z_BC, advice.get("equalisation"), batch.labels, advice.beta)
         return ((1 - torch.exp(-loss_B)) ** 2 * loss_B).mean()
 
 
@@ -345,7 +344,7 @@ def test_the_optimizers_virtual_step_where_a_parameter_never_has_a_gradient():
     posed = task.posed(ForwardEngine(plain), VirtualStep(0.1, optimizer))
     virtual = ForwardEngine(plain).virtual_train(posed)
     optimizer.zero_grad()
-    task.method.loss(posed.shared.features, task.train.labels, task.model.head, posed.advice.detach()).backward()
+    task.method.loss(posed.shared.features, task.train, task.model.head, posed.advice.detach()).backward()
     optimizer.step()
     for name, parameter in task.model.named_parameters():
         if "unused" not in name:

@@ -31,7 +31,7 @@ def summed_over(task, names, moved):
     """Double backward with a second-order graph through ``names`` only; the weights of ``moved`` take the virtual step."""
     posed = task.posed(ReferenceEngine(plain))
     parameters = task.model.part_parameters()
-    loss = task.method.loss(posed.shared.features, task.train.labels, task.model.head, posed.advice)
+    loss = task.method.loss(posed.shared.features, task.train, task.model.head, posed.advice)
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     virtual = {}
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):

@@ -9,7 +9,7 @@ from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
-from tests.metagrad.problem import Problem, flat, plain, relative
+from tests.metagrad.problem import FACTS, Problem, flat, plain, relative
 
 SIDE, CLASSES = 32, 5
 
@@ -17,8 +17,8 @@ SIDE, CLASSES = 32, 5
 def stock(name):
     torch.manual_seed(0)
     model = build_model(ModelConfig(name), CLASSES, (SIDE, SIDE)).double()
-    method = build_method(MethodConfig(method="mfrw-mes"), model.head.in_features, CLASSES)
-    method.advisor.double()
+    method = build_method(MethodConfig(method="mfrw-mes"), model.head.in_features, FACTS)
+    method.double()
     torch.nn.init.normal_(model.head.weight, std=0.1)  # some start at zero, which would hide everything before it
     generator = torch.Generator().manual_seed(3)
 

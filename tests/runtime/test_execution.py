@@ -94,7 +94,7 @@ def test_what_stays_in_float32(dtype, monkeypatch):
     monkeypatch.setattr(run.method, "advise", lambda *args: seen.append(advise(*args)) or seen[-1])
     result = run.step(*run.batches(run.phases[0]))
     assert result.loss.dtype == result.meta_loss.dtype == torch.float32
-    assert all(part.dtype == torch.float32 for advice in seen for part in (advice.mask, advice.equalisation))
+    assert all(part.dtype == torch.float32 for advice in seen for part in advice.outputs.values())
     state = [*run.model.state_dict().values(), *run.method.advisor.state_dict().values()]
     state += [v for s in (run.step.optimizer, run.step.advisor_optimizer) for p in s.state.values() for v in p.values()]
     assert {value.dtype for value in state if value.is_floating_point()} == {torch.float32}
