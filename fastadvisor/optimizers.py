@@ -50,22 +50,6 @@ def check_optimizer(config: Config) -> None:
         raise UserError("--ema-decay 0 would average nothing: give a decay such as 0.9998, or drop it.")
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Continue from ``state``, a state dict, with the implementation that ``optimizer`` has here: whether it is fused depends
-    on the machine and on what the run is watched for, and torch would take it from the state dict.
-    """
-    own = [group.get("fused") for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, fused in zip(optimizer.param_groups, own, strict=True):
-        if group.get("fused") == fused:
-            continue
-        group["fused"] = fused
-        for parameter in group["params"]:  # a fused optimizer counts its steps on the device
-            step = optimizer.state[parameter].get("step") if parameter in optimizer.state else None
-            if isinstance(step, Tensor):
-                optimizer.state[parameter]["step"] = step.to(parameter.device if fused else "cpu")
-
-
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
     """Return the class of the optimizer ``name``; raises as :func:`check_optimizer`."""
     if name in TORCH:

@@ -19,12 +19,12 @@ from fastadvisor.iterations import Iteration
 from fastadvisor.loading import Batch
 from fastadvisor.methods import DataFacts, build_method
 from fastadvisor.models import build_model
-from fastadvisor.optimizers import load_state
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, memory_format, pick_device
 from fastadvisor.runtime.random_state import CommonRandomness, RandomState
 from fastadvisor.runtime.share import Share
+from fastadvisor.runtime.state import Module, load_parts
 from fastadvisor.runtime.watch import NonFiniteError, distance_to_cause
 
 if TYPE_CHECKING:
@@ -157,19 +157,13 @@ def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Pa
     config = validated(Config, {**state["config"], "pretrained": False, "weights": None, "nan_policy": "stop"})
     shape = (int(train.images.shape[2]), int(train.images.shape[3]))
     execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None)
-    model = build_model(config, len(state["classes"]), shape)
-    checkpoint.load_model_state(model.model, state["model"], path)
+    model = build_model(config, len(state[checkpoint.CLASSES]), shape)
     method = build_method(config, model.head.in_features, DataFacts.of_plain(state["facts"])).to(device)
     model.to(device).to(memory_format=memory_format(config.memory_format, device, amp=config.amp))
-    checkpoint.load_model_state(method, state["method"], path)
     step = build_step(config, model, method, execution, shape)
-    load_state(step.optimizer, state["optimizer"])
-    if step.advisor_optimizer is not None:
-        load_state(step.advisor_optimizer, state["advisor_optimizer"])
-    if step.engine is not None:
-        step.engine.load_state_dict(state["engine"])
-    execution.load_state_dict(state["execution"])
-    step.iteration = state["iteration"] - 1
+    parts = {checkpoint.MODEL: Module(model.model), "method": Module(method), **step.parts(), "execution": execution}
+    load_parts(state, path, parts)
+    step.iteration -= 1  # it is to be taken again
     return step
 
 

@@ -57,7 +57,7 @@ class SavedRun:
             return cls(folder.path, checkpoint, config, _classes(folder), checkpoints.classifier(path))
         state = checkpoints.load(path)
         with checkpoints.fitting(path):
-            classes = [str(name) for name in state["classes"]]
+            classes = [str(name) for name in state[checkpoints.CLASSES]]
         return cls(folder.path, checkpoint, config, classes, checkpoints.classifier_of(state, path))
 
     @property

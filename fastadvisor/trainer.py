@@ -28,7 +28,7 @@ from fastadvisor.methods import DataFacts, build_method
 from fastadvisor.methods.collapse import Collapse
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
-from fastadvisor.optimizers import WeightAverage, load_state
+from fastadvisor.optimizers import WeightAverage
 from fastadvisor.progress import Progress
 from fastadvisor.runtime import checkpoint, memory
 from fastadvisor.runtime.console import note, tell
@@ -39,12 +39,10 @@ from fastadvisor.runtime.logger import TensorBoard
 from fastadvisor.runtime.precision import amp_dtype, memory_format, use_tf32
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
+from fastadvisor.runtime.state import Fixed, Module, Part, RandomStates, Value, load_parts, save_parts
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.runtime.watch import NonFiniteError
 from fastadvisor.schedule import PhaseEpochs, at, divide, learning_rate
-
-KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}
-"""What parts of a checkpoint are taken as they are, without anything that would look at them."""
 
 RANK_STRIDE = 2**33
 """Between the seeds of two ranks: beyond any seed of a run."""
@@ -62,7 +60,7 @@ class TrainResult:
 
 
 class Trainer:
-    """One run. Everything that :meth:`restore` must bring back lives in an attribute that :meth:`state` names."""
+    """One run. Everything that :meth:`restore` must bring back is named in :meth:`parts` or :meth:`own_parts`."""
 
     def __init__(self, config: Config, data: TrainingData, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.loaders = build_loaders(config, data, device, ranks.rank, ranks.count)
@@ -387,32 +385,31 @@ class Trainer:
         """End the loaders' threads and processes."""
         self.loaders.close()
 
+    def parts(self) -> dict[str, Part]:
+        """Return everything that a checkpoint holds by name, but for what each rank has of its own."""
+        return {
+            checkpoint.CLASSES: Fixed(
+                self.data.classes, "was trained on other classes than the data set has now; restore the data, or start anew."
+            ),
+            "facts": Fixed(self.facts.to_plain()),
+            "epoch": Value(self, "epoch", int),
+            "progress": self.progress,
+            "history": Value(self, "history", list),
+            checkpoint.MODEL: Module(self.model.model),
+            **({} if self.average is None else {checkpoint.AVERAGE: self.average}),
+            "method": Module(self.method, "is a checkpoint of another method; use the --method it was trained with."),
+            **self.step.parts(),
+            "execution": self.execution,
+        }
+
+    def own_parts(self) -> dict[str, Part]:
+        """Return what each rank has of its own."""
+        return {"random": RandomStates(), "train_loader": self.train_loader, "meta_loader": self.meta_loader}
+
     def state(self) -> dict[str, Any]:
         """Return everything needed to continue exactly: tensors and plain values only. All ranks together; rank 0 gets it."""
         self.ranks.align_buffers(self.model.model)
-        advisor = self.step.advisor_optimizer
-        own = {
-            "random": checkpoint.random_states(),
-            "train_loader": self.train_loader.state_dict(),
-            "meta_loader": self.meta_loader.state_dict(),
-        }
-        return {
-            "epoch": self.epoch,
-            "progress": self.progress.state_dict(),
-            "history": self.history,
-            "classes": self.data.classes,
-            "model": self.model.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
-            "facts": self.facts.to_plain(),
-            "method": self.method.state_dict(),
-            "advisor_optimizer": None if advisor is None else advisor.state_dict(),
-            "iteration": self.step.iteration,
-            "skipped": 0 if self.step.watch is None else self.step.watch.skipped,
-            "engine": {} if self.step.engine is None else self.step.engine.state_dict(),
-            "execution": self.execution.state_dict(),
-            "ranks": self.ranks.gather(own),
-        }
+        return save_parts(self.parts(), self.own_parts(), self.ranks)
 
     def restore(self, path: Path) -> None:
         """Continue from the checkpoint at ``path``, in the middle of an epoch too.
@@ -422,38 +419,8 @@ class Trainer:
         """
         state = checkpoint.load(path)
         with checkpoint.fitting(path):
-            self._restore(state, path)
-
-    def _restore(self, state: dict[str, Any], path: Path) -> None:
-        for key, kind in KINDS.items():
-            if not isinstance(state[key], kind):
-                raise TypeError(f"{key} is {type(state[key]).__name__}")
-        if state["classes"] != self.data.classes:
-            raise UserError(f"{path} was trained on other classes than the data set has now; restore the data, or start anew.")
-        checkpoint.load_model_state(self.model.model, state["model"], path)
-        if state["method"].keys() != self.method.state_dict().keys():
-            raise UserError(f"{path} is a checkpoint of another method; use the --method it was trained with.")
-        checkpoint.load_model_state(self.method, state["method"], path)
-        load_state(self.step.optimizer, state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.step.advisor_optimizer is not None:
-            load_state(self.step.advisor_optimizer, state["advisor_optimizer"])
-        self.step.iteration = state["iteration"]
-        if self.step.watch is not None:
-            self.step.watch.skipped = state["skipped"]
-        if self.step.engine is not None:
-            self.step.engine.load_state_dict(state["engine"])
-        self.execution.load_state_dict(state["execution"])
-        self.progress.load_state_dict(state["progress"])
-        self.epoch, self.history = state["epoch"], state["history"]
-        # Batches, and what all ranks draw alike, are the same for any number of ranks; what each draws alone begins anew.
-        as_before = len(state["ranks"]) == self.ranks.count
-        own = state["ranks"][self.ranks.rank if as_before else 0]
-        self.train_loader.load_state_dict(own["train_loader"])
-        self.meta_loader.load_state_dict(own["meta_loader"])
-        if as_before:
-            checkpoint.restore_random_states(own["random"])
+            # Batches, and what all ranks draw alike, are the same for any number of ranks; what each draws alone begins anew.
+            load_parts(state, path, self.parts(), self.own_parts(), self.ranks, drawn_alone=("random",))
 
     def _save(self, *, best: bool = False) -> None:
         """Write ``last.pt``; with ``best`` also ``best.pt``, if the last epoch was the best one."""

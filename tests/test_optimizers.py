@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import LinearLR
 from fastadvisor import optimizers
 from fastadvisor.config import Config, OptimizerConfig
 from fastadvisor.errors import UserError
-from fastadvisor.optimizers import build_optimizer, check_optimizer, load_state
+from fastadvisor.optimizers import build_optimizer, check_optimizer
 from fastadvisor.runtime.environment import optional_parts
+from fastadvisor.runtime.state import load_state
 from fastadvisor.schedule import learning_rate
 
 ON_CPU = ["sgd", "nesterov", "adam", "adamw", "lars", "lamb"]

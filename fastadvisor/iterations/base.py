@@ -16,6 +16,7 @@ from fastadvisor.methods import Advice, Method
 from fastadvisor.methods.beta import rows_of
 from fastadvisor.models import SplitClassifier
 from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.state import Fixed, Optimizer, Part, Value
 from fastadvisor.runtime.update import Update
 from fastadvisor.runtime.watch import Watch
 from fastadvisor_kernels import Beta
@@ -85,6 +86,15 @@ class Iteration(ABC):
         """Return the names of the batches that the next iteration needs: train, and meta where it has a meta step."""
         meta = self.meta_train is not None and self.iteration % self.meta_train.interval == 0
         return ("train", "meta") if meta else ("train",)
+
+    def parts(self) -> dict[str, Part]:
+        """Return what a checkpoint holds of the iteration, by name."""
+        found: dict[str, Part] = {
+            "iteration": Value(self, "iteration", int),
+            "skipped": Fixed(0) if self.watch is None else Value(self.watch, "skipped", int),
+            "optimizer": Optimizer(self.optimizer),
+        }
+        return found if self.meta_train is None else {**found, **self.meta_train.parts()}
 
     @property
     def meta_is_due(self) -> bool:

@@ -9,6 +9,7 @@ from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, LayerwiseEngine, MetaProblem, SharedForward, ValidatedEngine, VirtualStep
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
+from fastadvisor.runtime.state import Optimizer, Part
 from fastadvisor.runtime.update import Update
 
 
@@ -59,6 +60,12 @@ class MetaTrain:
         values = {**problem.advice.named("the advisor's {}"), "the meta loss": loss}
         taken = self.update.step(values, lambda: named, before=lambda: self.method.learn(gradients))
         return loss if taken else None
+
+    def parts(self) -> dict[str, Part]:
+        """Return what a checkpoint holds of it, by name."""
+        optimizer = self.update.optimizer
+        own: dict[str, Part] = {} if optimizer is None else {"advisor_optimizer": Optimizer(optimizer)}
+        return {**own, "engine": self.engine}
 
     def capturable(self) -> str | None:
         """Return why a meta step cannot be captured in a CUDA graph, as a clause; None if it can."""

@@ -16,7 +16,9 @@ from fastadvisor.errors import UserError, cannot_write
 
 FOLDER = 0x10
 """Attribute of a zip entry (MS-DOS): a folder."""
-FORMAT = "fastadvisor-checkpoint-3"
+FORMAT = "fastadvisor-checkpoint-4"
+MODEL, AVERAGE, CLASSES = "model", "average", "classes"
+"""Parts of a checkpoint that are read without the run: the classifier, the average of its weights, the names of the classes."""
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which other trainers save a state dict."""
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -58,9 +60,15 @@ def load(path: Path) -> dict[str, Any]:
         UserError: missing, damaged, or not a checkpoint of fastadvisor.
     """
     payload = read(path)
-    if payload.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of fastadvisor (no format {FORMAT!r}); name another.")
-    return payload
+    found = payload.get("format")
+    if found == FORMAT:
+        return payload
+    if isinstance(found, str) and found.startswith(FORMAT.rstrip("0123456789")):
+        raise UserError(
+            f"{path} was written by another version of fastadvisor (it has the format {found}, this one reads {FORMAT}): go on "
+            "with that version, or begin a new run from its weights, as with --weights model.pt --output NEW."
+        )
+    raise UserError(f"{path} is not a checkpoint of this version of fastadvisor (no format {FORMAT!r}); name another.")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def classifier_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
         UserError: it holds no classifier.
     """
     with fitting(path):
-        return dict(state["model"] if state["average"] is None else state["average"]["model"])
+        return dict(state[AVERAGE]["model"] if AVERAGE in state else state[MODEL])
 
 
 def random_states() -> dict[str, Any]:

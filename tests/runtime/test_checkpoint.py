@@ -91,6 +91,11 @@ def test_foreign_files(path):
     with pytest.raises(UserError, match="is not a checkpoint of this version of fastadvisor"):
         checkpoint.load(path)
     assert torch.equal(checkpoint.read(path)["conv.weight"], torch.zeros(1))
+    torch.save({"format": "fastadvisor-checkpoint-3"}, path)
+    with pytest.raises(
+        UserError, match=r"written by another version of fastadvisor .*: go on with that version, or .* --weights"
+    ):
+        checkpoint.load(path)
 
 
 class Bomb:
