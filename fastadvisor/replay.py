@@ -60,31 +60,37 @@ class Beginning:
 
     def __init__(self) -> None:
         self.iteration = 0
-        self._method, self._advisor_optimizer = Snapshot(), Snapshot()
-        self._with_advisor = False
+        self._moved = Snapshot()
+        """What an iteration moves before its numbers are known to be finite."""
 
     def take(self, trainer: "Trainer", train: Batch, meta: Batch | None) -> None:
         """Note what the next iteration of ``trainer`` begins with."""
-        self.iteration, self.train, self.meta = trainer.step.iteration + 1, train, meta
+        step = trainer.step
+        self.iteration, self.train, self.meta = step.iteration + 1, train, meta
         self.random, self.common = RandomState.now(trainer.device), trainer.execution.common.state_dict()
-        self.rates = [group["lr"] for group in trainer.step.optimizer.param_groups]
-        optimizer = trainer.step.advisor_optimizer
-        self._with_advisor = meta is not None and optimizer is not None
-        self._method.take(trainer.method.state_dict())
-        if meta is not None and optimizer is not None:
-            self._advisor_optimizer.take(optimizer.state_dict())
+        self.rates = [group["lr"] for group in step.optimizer.param_groups]
+        self.fresh = not step.optimizer.state
+        parts = {"method": trainer.method, **({} if step.meta_train is None else step.meta_train.parts())}
+        self._moved.take((dict(trainer.model.model.named_buffers()), {name: one.state_dict() for name, one in parts.items()}))
 
-    def changed(self) -> dict[str, Any]:
-        """Return the parts of a checkpoint that have moved on since."""
-        parts = {
+    def put_back(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return ``state``, a checkpoint of after the iteration, with what has moved since as it was before."""
+        buffers, parts = self._moved.state()
+        model = state[checkpoint.MODEL]
+        optimizer = dict(state["optimizer"])
+        if self.fresh:  # a fused step that is not taken leaves momentum that nobody has written
+            optimizer["state"] = {}
+        groups = zip(optimizer["param_groups"], self.rates, strict=True)
+        optimizer["param_groups"] = [{**group, "lr": rate} for group, rate in groups]
+        return {
+            **state,
+            **parts,
+            checkpoint.MODEL: {**model, **{name: value for name, value in buffers.items() if name in model}},
+            "optimizer": optimizer,
             "iteration": self.iteration,
-            "method": self._method.state(),
             "random_before": self.random.to_plain(),
             "common_before": self.common,
         }
-        if self._with_advisor:
-            parts["advisor_optimizer"] = self._advisor_optimizer.state()
-        return parts
 
 
 class Recorder:
@@ -115,11 +121,11 @@ class Recorder:
         # A rank whose own values are bad spoils the others' gradients: it is the one to be named.
         told = ranks.gather((name, begun.train.ids[:8].tolist()))
         name, some = ranks.share(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
-        state = {**trainer.state(), **begun.changed()}
-        for group, rate in zip(state["optimizer"]["param_groups"], begun.rates, strict=True):
-            group["lr"] = rate
+        state = trainer.state()
         if ranks.first:
-            checkpoint.save(path, {**state, "batches": batches, "name": name, "config": to_dict(trainer.config)})
+            checkpoint.save(
+                path, {**begun.put_back(state), "batches": batches, "name": name, "config": to_dict(trainer.config)}
+            )
         return name, ", ".join(map(str, some)) + (", ..." if len(begun.train.ids) > 8 else "")
 
 

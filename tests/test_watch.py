@@ -401,7 +401,8 @@ def test_a_deferred_watch_stops_an_iteration_later_and_the_weights_are_as_before
         torch.testing.assert_close(now.state_dict()["state"], then["state"], rtol=0, atol=0)
     saved = checkpoint.load(tmp_path / "run" / "replay.pt")
     assert saved["iteration"] == iteration
-    assert saved["optimizer"]["param_groups"][0]["lr"] == optimizer["param_groups"][0]["lr"]
+    torch.testing.assert_close(saved["optimizer"], optimizer, rtol=0, atol=0)
+    torch.testing.assert_close(saved["model"], weights, rtol=0, atol=0, equal_nan=True)  # running statistics, too
     found = replay(tmp_path / "run", device="cpu")
     assert (found["iteration"], found["said"], found["found"], found["first"]) == (iteration, says, says, first)
     monkeypatch.setattr(assembly, "defers", lambda config, execution: True)  # as a replay on a GPU
@@ -427,6 +428,32 @@ def test_a_bad_gradient_reaches_no_weight_though_the_advisor_has_stepped(tmp_pat
     state = checkpoint.load(tmp_path / "run" / "replay.pt")
     steps = {float(entry["step"]) for entry in state["advisor_optimizer"]["state"].values()}
     assert steps == {5.0}
+
+
+@pytest.mark.parametrize("watched", ["immediate", "deferred"])
+@pytest.mark.parametrize("iteration", [1, 2, 6])
+def test_replay_begins_where_the_iteration_did(tmp_path, monkeypatch, request, watched, iteration):
+    """Running statistics, momentum (none before the first step), advisor and gradient samplers."""
+    if watched == "deferred":
+        request.getfixturevalue("deferred")
+    run, before = Iteration.__call__, {}
+
+    def noted(self, train, meta):
+        if self.iteration + 1 == iteration:
+            parts = {"model": self.model.model, "method": self.method, **self.parts()}
+            before.update(copy.deepcopy({name: part.state_dict() for name, part in parts.items()}))
+        return run(self, train, meta)
+
+    spoil(monkeypatch, iteration, infinite_image)
+    monkeypatch.setattr(Iteration, "__call__", noted)
+    learned = {"approx_meta": True, "approx_layers": "learned", "approx_budget": 2, "meta_interval": 1, "model": "resnet8"}
+    with pytest.raises(UserError, match=f"Iteration {iteration} "):
+        train_config(settings(tmp_path / "run", method="mfrw-mes", **learned))
+    saved = checkpoint.load(tmp_path / "run" / "replay.pt")
+    assert before["optimizer"]["state"].keys() == (set() if iteration == 1 else saved["optimizer"]["state"].keys())
+    for name, state in before.items():
+        if name != "iteration":
+            torch.testing.assert_close(saved[name], state, rtol=0, atol=0, msg=lambda said, name=name: f"{name}: {said}")
 
 
 class Reads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -462,7 +489,7 @@ def test_what_an_iteration_began_with_is_kept_without_new_tensors(tmp_path):
     run.folder = RunFolder(tmp_path)
     for _ in range(4):
         run._watched_step(*run.batches(run.phases[0]))
-    slots = [beginning._method._copies + beginning._advisor_optimizer._copies for beginning in run.recorder._beginnings]
+    slots = [beginning._moved._copies for beginning in run.recorder._beginnings]
     where = [[tensor.data_ptr() for tensor in slot] for slot in slots]
     assert len(where[0]) > 16
     launched = []
@@ -474,7 +501,7 @@ def test_what_an_iteration_began_with_is_kept_without_new_tensors(tmp_path):
         )
         for _ in range(2):
             run._watched_step(*run.batches(run.phases[0]))
-    assert len(launched) == 4  # advisor and optimizer, twice
+    assert len(launched) == 2
     assert [[tensor.data_ptr() for tensor in slot] for slot in slots] == where
 
 
