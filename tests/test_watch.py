@@ -16,6 +16,7 @@ from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
 from fastadvisor.launch import train_config
+from fastadvisor.metagrad import LearnedLayers
 from fastadvisor.methods import Advice
 from fastadvisor.methods.collapse import Collapse
 from fastadvisor.replay import replay
@@ -430,17 +431,23 @@ def test_a_bad_gradient_reaches_no_weight_though_the_advisor_has_stepped(tmp_pat
     assert steps == {5.0}
 
 
+def fuse(learned):
+    learned.optimizer = torch.optim.SGD(learned.samplers.parameters(), lr=learned.lr, fused=True)
+
+
 @pytest.mark.parametrize("watched", ["immediate", "deferred"])
 @pytest.mark.parametrize("iteration", [1, 2, 6])
 def test_replay_begins_where_the_iteration_did(tmp_path, monkeypatch, request, watched, iteration):
     """Running statistics, momentum (none before the first step), advisor and gradient samplers."""
     if watched == "deferred":
         request.getfixturevalue("deferred")
-    run, before = Iteration.__call__, {}
+        monkeypatch.setattr(LearnedLayers, "__post_init__", fuse)  # as on a GPU
+    run, before, samplers = Iteration.__call__, {}, []
 
     def noted(self, train, meta):
         if self.iteration + 1 == iteration:
             parts = {"model": self.model.model, "method": self.method, **self.parts()}
+            samplers.append(self.engine.approximate.learned.samplers)
             before.update(copy.deepcopy({name: part.state_dict() for name, part in parts.items()}))
         return run(self, train, meta)
 
@@ -449,6 +456,7 @@ def test_replay_begins_where_the_iteration_did(tmp_path, monkeypatch, request, w
     learned = {"approx_meta": True, "approx_layers": "learned", "approx_budget": 2, "meta_interval": 1, "model": "resnet8"}
     with pytest.raises(UserError, match=f"Iteration {iteration} "):
         train_config(settings(tmp_path / "run", method="mfrw-mes", **learned))
+    assert all(parameter.isfinite().all() for parameter in samplers[-1].parameters())
     saved = checkpoint.load(tmp_path / "run" / "replay.pt")
     assert before["optimizer"]["state"].keys() == (set() if iteration == 1 else saved["optimizer"]["state"].keys())
     for name, state in before.items():

@@ -58,8 +58,14 @@ class MetaTrain:
             f"the meta-gradient of {name}": gradient for name, gradient in zip(names, gradients, strict=True)
         }
         values = {**problem.advice.named("the advisor's {}"), "the meta loss": loss}
-        taken = self.update.step(values, lambda: named, before=lambda: self.method.learn(gradients))
-        return loss if taken else None
+
+        def learn() -> None:
+            for optimizer in self.engine.optimizers():
+                self.update.guard(optimizer)
+            self.engine.learn()
+            self.method.learn(gradients)
+
+        return loss if self.update.step(values, lambda: named, before=learn) else None
 
     def parts(self) -> dict[str, Part]:
         """Return what a checkpoint holds of it, by name."""

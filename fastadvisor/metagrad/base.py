@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastadvisor.loading.batch import Batch
@@ -73,6 +74,13 @@ class Engine(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Say in a few words how it is computed."""
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers of what the engine itself learns: most learn nothing."""
+        return []
+
+    def learn(self) -> None:  # noqa: B027 (most learn nothing)
+        """Take the steps of :meth:`optimizers` by what the last meta-gradient has left, which is known to be finite."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on as if nothing had happened."""

@@ -65,24 +65,38 @@ class LearnedLayers:
     """λ2; at 0 the meta step saves a backward pass."""
     decisions: Tensor | None = None
     """r of this meta step, with its graph to the samplers."""
+    ready: bool = False
+    """Whether there are gradients that no step has been taken by."""
 
     def __post_init__(self) -> None:
-        self.optimizer = torch.optim.SGD(self.samplers.parameters(), lr=self.lr)
+        # A fused optimizer heeds the flag of a watch that does not wait for the device.
+        fused = next(self.samplers.parameters()).device.type == "cuda" or None
+        self.optimizer = torch.optim.SGD(self.samplers.parameters(), lr=self.lr, fused=fused)
 
     def choose(self, pooled: Tensor) -> list[bool]:
         """Decide on this meta step's layers. Reads L numbers from the device."""
         self.decisions = self.samplers(pooled)
         return [bool(value) for value in self.decisions.tolist()]
 
-    def learn(self, effects: Tensor, execution: Execution) -> None:
-        """Take a step of SGD; ``effects`` (L,) are the derivatives of the first and last term for r, 0 where unknown."""
+    def differentiate(self, effects: Tensor) -> None:
+        """Leave the samplers' gradients in their ``grad``, for :meth:`learn`.
+
+        Args:
+            effects: (L,) derivatives of the first and last term for r, 0 where unknown.
+        """
         assert self.decisions is not None
         loss = (self.decisions * effects).sum() + self.budget_weight * (self.decisions.sum() - self.budget) ** 2
         parameters = list(self.samplers.parameters())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
-        execution.step(self.optimizer)
         self.decisions = None
+        self.ready = True
+
+    def learn(self, execution: Execution) -> None:
+        """Take a step of SGD, if there are gradients since the last one."""
+        if self.ready:
+            execution.step(self.optimizer)
+        self.ready = False
 
 
 @dataclass
@@ -128,7 +142,7 @@ class LayerwiseEngine(Engine):
         return self.forward.virtual_train(problem)
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
-        """Return Lmeta(w') and its gradient through the active layers; the samplers learn from it."""
+        """Return Lmeta(w') and its gradient through the active layers, and what the samplers will learn by."""
         learned = self.learned
         if learned is None or learned.decisions is None:
             return self.forward.meta_gradient(problem, virtual, meta)
@@ -137,8 +151,17 @@ class LayerwiseEngine(Engine):
         matched = learned.matching_weight and self._head() is not None
         pull = self._pull(learned.matching_weight, loss, weights) if matched else None
         gradient = dict(zip(weights, self._gradients(loss, list(weights.values())), strict=True))
-        learned.learn(self._effects(gradient, pull, virtual), self.forward.execution)
+        learned.differentiate(self._effects(gradient, pull, virtual))
         return MetaGradient(loss.detach(), self.forward.to_advisor(problem, gradient))
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the samplers', if there are any."""
+        return [] if self.learned is None else [self.learned.optimizer]
+
+    def learn(self) -> None:
+        """Let the samplers take their step."""
+        if self.learned is not None:
+            self.learned.learn(self.forward.execution)
 
     def _gradients(self, loss: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
         return self.forward.execution.gradients([loss], lambda loss: loss, inputs, **options)

@@ -75,6 +75,14 @@ class ValidatedEngine(Engine):
         self._judge(approximate, exact)
         return exact if self.falling_back else approximate
 
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return those of the approximation."""
+        return self.approximate.optimizers()
+
+    def learn(self) -> None:
+        """Let the approximation learn."""
+        self.approximate.learn()
+
     def collect(self) -> dict[str, float]:
         """Return mean and smallest cosine and the mean norm ratio since the last call; nothing without a check."""
         checks, self.checks = self.checks, []

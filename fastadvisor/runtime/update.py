@@ -41,6 +41,11 @@ class Update:
         share = loss if self.accumulate == 1 else loss / self.accumulate
         self.execution.backward(share, self.optimizer, parameters, last=number == self.accumulate - 1)
 
+    def guard(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Keep ``optimizer`` from stepping where anything so far was not finite."""
+        if self.watch is not None:
+            self.watch.guard(optimizer)
+
     def step(
         self,
         values: Mapping[str, Tensor | None],
@@ -57,10 +62,9 @@ class Update:
         Raises:
             NonFiniteError: something is not finite, and the watch does not leave steps out.
         """
-        if self.watch is not None:
-            if not self.watch.passes(values, gradients()):
-                return False
-            self.watch.guard(self.optimizer)
+        if self.watch is not None and not self.watch.passes(values, gradients()):
+            return False
+        self.guard(self.optimizer)
         if before is not None:
             before()
         if self.optimizer is not None:
