@@ -111,7 +111,7 @@ def watch(config: Config, every: int, say: Callable[[str], None] = print) -> lis
     for epoch in range(config.epochs):
         trainer.model.train()
         for index in range(steps):
-            trainer.set_lr(trainer.phases[0], index)
+            trainer.set_lr(trainer.stages[0], index)
             train, meta = trainer.train_loader.next_batch(), trainer.meta_loader.next_batch()
             if trainer.step.iteration % every == 0:
                 with RandomState.now(device).replayed():  # the run's own stream goes on as if nothing had been drawn

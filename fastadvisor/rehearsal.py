@@ -86,13 +86,13 @@ def iterate(trainer: Trainer, count: int) -> list[float]:
         UserError: something in one of them is not finite.
     """
     times = []
-    phase = trainer.phases[0]
+    stage = trainer.stages[0]
     trainer.model.train()
     for index in range(count):
         began = time.perf_counter()
-        trainer.set_lr(phase, index)
+        trainer.set_lr(stage, index)
         try:
-            trainer.step(*trainer.batches(phase))
+            trainer.step(*trainer.batches(stage))
             if trainer.step.watch is not None:
                 trainer.step.watch.settle()
         except NonFiniteError as error:

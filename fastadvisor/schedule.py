@@ -1,10 +1,11 @@
-"""The learning rate over a run, and the run's division into phases."""
+"""The learning rate over a run, and the run's division into stages."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastadvisor.config import OptimizerConfig
-from fastadvisor.methods import Phase
+from fastadvisor.methods import Stage
 
 
 def learning_rate(config: OptimizerConfig, step: int, total: int, warmup: int = 0) -> float:
@@ -24,32 +25,32 @@ def learning_rate(config: OptimizerConfig, step: int, total: int, warmup: int = 
 
 
 @dataclass
-class PhaseEpochs:
-    """A phase in epochs: [start, end)."""
+class StageEpochs:
+    """A stage in epochs: [start, end)."""
 
-    phase: Phase
+    stage: Stage
     start: int
     end: int
 
 
-def at(phases: list[PhaseEpochs], epoch: int) -> PhaseEpochs:
-    """Return the phase that ``epoch`` is in."""
-    return next(phase for phase in phases if phase.start <= epoch < phase.end)
+def at(stages: list[StageEpochs], epoch: int) -> StageEpochs:
+    """Return the stage that ``epoch`` is in."""
+    return next(part for part in stages if part.start <= epoch < part.end)
 
 
-def divide(phases: list[Phase], epochs: int) -> list[PhaseEpochs]:
-    """Give each phase its share of ``epochs``, in order, rounded to whole epochs.
+def divide(stages: Sequence[Stage], epochs: int) -> list[StageEpochs]:
+    """Give each stage its share of ``epochs``, in order, rounded to whole epochs.
 
-    A phase with any share gets one epoch at least, as long as there are epochs for all of them.
+    A stage with any share gets one epoch at least, as long as there are epochs for all of them.
     """
     divided, start, share = [], 0, 0.0
-    left = sum(phase.share > 0 for phase in phases)
+    left = sum(stage.share > 0 for stage in stages)
     least = 1 if epochs >= left else 0
-    for phase in phases:
-        share += phase.share
-        wanted = phase.share > 0
+    for stage in stages:
+        share += stage.share
+        wanted = stage.share > 0
         left -= wanted
         end = min(max(round(share * epochs), start + least * wanted), epochs - least * left)
-        divided.append(PhaseEpochs(phase, start, end))
+        divided.append(StageEpochs(stage, start, end))
         start = end
     return divided

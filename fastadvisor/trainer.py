@@ -23,8 +23,9 @@ from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.iterations import OneStepBehind, StepResult
 from fastadvisor.loading import Batch, EvaluationLoader, Loader, build_loaders
+from fastadvisor.loading.samplers import SAMPLERS
 from fastadvisor.metagrad import ValidatedEngine
-from fastadvisor.methods import DataFacts, build_method
+from fastadvisor.methods import Clock, DataFacts, build_method
 from fastadvisor.methods.collapse import Collapse
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
@@ -42,7 +43,7 @@ from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.state import Fixed, Module, Part, RandomStates, Value, load_parts, save_parts
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.runtime.watch import NonFiniteError
-from fastadvisor.schedule import PhaseEpochs, at, divide, learning_rate
+from fastadvisor.schedule import StageEpochs, at, divide, learning_rate
 
 RANK_STRIDE = 2**33
 """Between the seeds of two ranks: beyond any seed of a run."""
@@ -90,7 +91,8 @@ class Trainer:
         self._check_batches_of_one(shape)
         if isinstance(self.step.engine, ValidatedEngine):
             self.step.engine.say = lambda sentence: note([sentence])  # above the progress bar
-        self.phases = divide(self.method.phases(), config.epochs)
+        self.stages = divide(self.method.stages(), config.epochs)
+        self._entered: StageEpochs | None = None
         self.timer = StepTimer(device)
         self.epoch = 0
         self.progress = Progress(device)
@@ -193,7 +195,9 @@ class Trainer:
 
     def _iterations(self, bar: "tqdm[Any]") -> dict[str, Any]:
         progress, steps = self.progress, len(self.train_loader)
-        current = at(self.phases, self.epoch)
+        current = at(self.stages, self.epoch)
+        self._enter(current)
+        self.method.begin_epoch(self._clock(current))
         self.model.train()
         self.timer.start()
         began, waited = time.perf_counter() - progress.seconds, self._waited() - progress.waited
@@ -244,6 +248,29 @@ class Trainer:
             "step_ms_median": step_ms(times, self.step.interval) if times else 1000 * progress.seconds / steps,
             "seconds": progress.seconds,
         }
+
+    def _clock(self, current: StageEpochs) -> Clock:
+        number, within = self.stages.index(current), self.epoch - current.start
+        return Clock(self.epoch, self.config.epochs, number, within, current.end - current.start)
+
+    def _enter(self, current: StageEpochs) -> None:
+        """Make of the run what the stage ``current`` asks for, at its start or where it is resumed."""
+        if self._entered == current:
+            return
+        stage, before = current.stage, "shuffled" if self._entered is None else self._entered.stage.sampler
+        begins = self.epoch == current.start and self.progress.step == 0
+        if stage.sampler != before:
+            loader = self.train_loader if stage.source == "train" else self.meta_loader
+            loader.use(SAMPLERS[stage.sampler], anew=begins)
+        self.model.train_head_alone(stage.trains == "head")
+        if stage.reset_head and begins:
+            with self.execution.common.drawing():
+                self.model.head.reset_parameters()
+            for parameter in self.model.head.parameters():
+                self.step.optimizer.state.pop(parameter, None)
+            if self.average is not None:
+                self.average.updates = 0  # it begins anew with the next weights
+        self._entered = current
 
     def _check_finite(self, loss: float) -> None:
         finite = bool(torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all())
@@ -321,27 +348,27 @@ class Trainer:
             state = ", exact for now" if engine.falling_back else ""
             bar.set_postfix_str(f"cosine to exact {last.cosine:.3f}, norm ratio {last.norm_ratio:.2f}{state}", refresh=False)
 
-    def batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
+    def batches(self, current: StageEpochs) -> tuple[Batch, Batch | None]:
         """Return the next training batch and, where a meta step is due, the next meta batch."""
-        train = self._next(self.train_loader if current.phase.source == "train" else self.meta_loader)
+        train = self._next(self.train_loader if current.stage.source == "train" else self.meta_loader)
         return train, self._next(self.meta_loader) if self.step.meta_is_due else None
 
     def _next(self, loader: Loader) -> Batch:
         batch = loader.next_batch()
         return batch._replace(images=batch.images.contiguous(memory_format=self.memory_format))
 
-    def set_lr(self, current: PhaseEpochs, index: int) -> None:
+    def set_lr(self, current: StageEpochs, index: int) -> None:
         """Set the learning rates of the ``index``-th step of this epoch."""
         rate = self._rate(current, self.epoch, index)
         for group in self.step.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
 
-    def _rate(self, current: PhaseEpochs, epoch: int, index: int) -> float:
-        """Return the learning rate of the ``index``-th step of ``epoch``, which is in the phase ``current``."""
+    def _rate(self, current: StageEpochs, epoch: int, index: int) -> float:
+        """Return the learning rate of the ``index``-th step of ``epoch``, which is in the stage ``current``."""
         steps = len(self.train_loader)
         step, total = (epoch - current.start) * steps + index, (current.end - current.start) * steps
         warmup = round(self.config.warmup_epochs * steps)
-        return current.phase.lr_factor * learning_rate(self.config, step, total, warmup)
+        return current.stage.lr_factor * learning_rate(self.config, step, total, warmup)
 
     def check_length(self, before: int, path: Path) -> None:
         """Find out whether a run of ``before`` epochs, restored from ``path`` as far as it has come, may go on as one of
@@ -356,10 +383,10 @@ class Trainer:
             return
         if after * steps < done:
             raise UserError(f"The run has trained {done / steps:.3g} epochs, and --epochs {after} is less: name more.")
-        lengths = divide(self.method.phases(), before), self.phases
+        lengths = divide(self.method.stages(), before), self.stages
         for epoch, index in (divmod(step, steps) for step in range(done)):
-            old, new = (at(phases, epoch) for phases in lengths)
-            if old.phase != new.phase or self._rate(old, epoch, index) != self._rate(new, epoch, index):
+            old, new = (at(stages, epoch) for stages in lengths)
+            if old.stage != new.stage or self._rate(old, epoch, index) != self._rate(new, epoch, index):
                 raise UserError(
                     f"--epochs {after} in place of {before} would have trained epoch {epoch + 1} at another rate, or on other "
                     f"images (--schedule {self.config.schedule}, --method {self.config.method}): go on with --epochs {before}, "

@@ -59,11 +59,11 @@ def test_forward_equals_double_backward(method):
 def test_a_step_never_waits_for_the_device(changes):
     config = resolve(Config, **{"nan_policy": "ignore", "ema_decay": 0.9, "clip_grad_norm": 1.0, **changes}, **QUIET)
     run = Trainer(config, prepare(load_source(config), config, 0), torch.device("cuda"))
-    run.step(*run.batches(run.phases[0]))
+    run.step(*run.batches(run.stages[0]))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            run.step(*run.batches(run.phases[0]))
+            run.step(*run.batches(run.stages[0]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -156,7 +156,7 @@ def test_channels_last_trains_the_same(changes):
         run.model.train()
         results = []
         for _ in range(3):
-            train, meta = run.batches(run.phases[0])
+            train, meta = run.batches(run.stages[0])
             layout = torch.channels_last if choice == "channels-last" else torch.contiguous_format
             assert train.images.is_contiguous(memory_format=layout)
             result = run.step(train, meta)

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 
 from fastadvisor.config import OptimizerConfig
-from fastadvisor.methods import Phase
+from fastadvisor.methods import Stage
 from fastadvisor.methods.finetune import Finetune
 from fastadvisor.schedule import divide, learning_rate
 
@@ -67,15 +67,15 @@ def test_a_run_of_one_step(schedule):
     assert learning_rate(OptimizerConfig(lr=0.2, schedule=schedule), 0, 1) == 0.2
 
 
-def bounds(phases, epochs):
-    return [(part.start, part.end) for part in divide(phases, epochs)]
+def bounds(stages, epochs):
+    return [(part.start, part.end) for part in divide(stages, epochs)]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 200])
-def test_one_phase_is_the_whole_run(epochs):
-    phase = Phase()
-    (only,) = divide([phase], epochs)
-    assert (only.phase, only.start, only.end) == (phase, 0, epochs)
+def test_one_stage_is_the_whole_run(epochs):
+    stage = Stage()
+    (only,) = divide([stage], epochs)
+    assert (only.stage, only.start, only.end) == (stage, 0, epochs)
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ def test_one_phase_is_the_whole_run(epochs):
     ],
 )
 def test_shares_round_to_whole_epochs(shares, epochs, want):
-    assert bounds([Phase(share=share) for share in shares], epochs) == want
+    assert bounds([Stage(share=share) for share in shares], epochs) == want
 
 
 @pytest.mark.parametrize("epochs", range(1, 40))
 @pytest.mark.parametrize("shares", [(0.1,) * 10, (0.15, 0.35, 0.5), (0.99, 0.01)])
-def test_every_epoch_belongs_to_one_phase(shares, epochs):
-    parts = bounds([Phase(share=share) for share in shares], epochs)
+def test_every_epoch_belongs_to_one_stage(shares, epochs):
+    parts = bounds([Stage(share=share) for share in shares], epochs)
     assert [epoch for start, end in parts for epoch in range(start, end)] == list(range(epochs))
 
 
 def test_finetune_divides_as_its_fraction_says():
     method = Finetune(Finetune.Settings(finetune_fraction=0.2, finetune_lr_factor=0.5), 8, None)
-    train, meta = divide(method.phases(), 50)
-    assert (train.phase.source, train.start, train.end, train.phase.lr_factor) == ("train", 0, 40, 1.0)
-    assert (meta.phase.source, meta.start, meta.end, meta.phase.lr_factor) == ("meta", 40, 50, 0.5)
+    train, meta = divide(method.stages(), 50)
+    assert (train.stage.source, train.start, train.end, train.stage.lr_factor) == ("train", 0, 40, 1.0)
+    assert (meta.stage.source, meta.start, meta.end, meta.stage.lr_factor) == ("meta", 40, 50, 0.5)

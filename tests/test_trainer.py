@@ -117,7 +117,7 @@ def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     def killed(self, bar):
         if self.epoch == 2:
             for _ in range(2):  # part of an epoch is lost, and so must be all it did
-                self.step(*self.batches(self.phases[0]))
+                self.step(*self.batches(self.stages[0]))
             raise KeyboardInterrupt
         return epoch(self, bar)
 
@@ -241,7 +241,7 @@ def test_a_meta_step_every_third_iteration(monkeypatch):
     next_meta = run.meta_loader.next_batch
     monkeypatch.setattr(run.meta_loader, "next_batch", lambda: drawn.append(1) or next_meta())
     for _ in range(7):
-        result = run.step(*run.batches(run.phases[0]))
+        result = run.step(*run.batches(run.stages[0]))
         advisors.append(torch.cat([p.detach().flatten() for p in run.method.advisor.parameters()]))
         assert (result.meta_loss is not None) == (len(advisors) % 3 == 1)
     assert [not torch.equal(*pair) for pair in itertools.pairwise(advisors)] == [False, False, True] * 2
@@ -298,7 +298,7 @@ def test_settings_that_exclude_each_other_are_found_before_any_data_is_read(chan
 def weights_after(steps, **changes):
     run = trainer(**changes)
     for _ in range(steps):
-        run.step(*run.batches(run.phases[0]))
+        run.step(*run.batches(run.stages[0]))
     return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
 
 
@@ -319,7 +319,7 @@ def test_a_step_leaves_nothing_for_the_collector(changes):
     gc.collect()
     gc.disable()
     try:
-        run.step(*run.batches(run.phases[0]))
+        run.step(*run.batches(run.stages[0]))
     finally:
         gc.enable()
     assert held[0]() is None
@@ -329,7 +329,7 @@ def first_step(learns=True, **changes):
     run = trainer(**changes)
     if not learns:
         run.method.learn = lambda *_: None
-    result = run.step(*run.batches(run.phases[0]))
+    result = run.step(*run.batches(run.stages[0]))
     advisor, model = (
         torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
         for module in (run.method.advisor, run.model)
@@ -377,7 +377,7 @@ def test_saturated_equalisation_stays_finite():
     with torch.no_grad():
         run.method.advisor.to_equalisation.bias.fill_(1e4)
     for _ in range(3):
-        result = run.step(*run.batches(run.phases[0]))
+        result = run.step(*run.batches(run.stages[0]))
         assert math.isfinite(float(result.loss))
         assert math.isfinite(float(result.meta_loss))
     assert all(parameter.isfinite().all() for parameter in run.method.advisor.parameters())

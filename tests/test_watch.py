@@ -143,23 +143,23 @@ def test_replay_without_a_state(tmp_path):
 
 def test_skipped_steps_are_counted_and_change_nothing(tmp_path, monkeypatch):
     run = trainer(method="mfrw-mes", nan_policy="skip")
-    run.step(*run.batches(run.phases[0]))
+    run.step(*run.batches(run.stages[0]))
     before = [p.detach().clone() for p in (*run.model.parameters(), *run.method.advisor.parameters())]
     statistics = [buffer.clone() for buffer in run.model.buffers()]
     optimizers = [json.dumps(str(o.state_dict())) for o in (run.step.optimizer, run.step.advisor_optimizer)]
-    train, meta = run.batches(run.phases[0])
+    train, meta = run.batches(run.stages[0])
     run.step(infinite_image(run.step, train), meta)
     assert run.step.watch.skipped == 2  # the advisor's step and the classifier's
     assert all(torch.equal(a, b) for a, b in zip(statistics, run.model.buffers(), strict=True))
     after = [*run.model.parameters(), *run.method.advisor.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert optimizers == [json.dumps(str(o.state_dict())) for o in (run.step.optimizer, run.step.advisor_optimizer)]
-    train, meta = run.batches(run.phases[0])
+    train, meta = run.batches(run.stages[0])
     result = run.step(train, infinite_image(run.step, meta))  # a bad meta batch leaves the classifier its step
     assert (run.step.watch.skipped, result.skipped, result.meta_loss) == (3, False, None)
     assert result.loss.isfinite()
     assert not any(torch.equal(a, b) for a, b in zip(statistics, run.model.buffers(), strict=True))
-    run.step(*run.batches(run.phases[0]))
+    run.step(*run.batches(run.stages[0]))
     assert all(p.isfinite().all() for p in run.model.parameters())
 
     monkeypatch.undo()
@@ -485,7 +485,7 @@ def test_a_deferred_watch_reads_one_number_and_that_of_the_iteration_before(tmp_
     monkeypatch.setattr(watching._Pending, "is_bad", lambda self: read.append(self.number) or False)
     for iteration in range(1, 4):
         with Reads() as reads:
-            run._watched_step(*run.batches(run.phases[0]))
+            run._watched_step(*run.batches(run.stages[0]))
         assert [kind for kind in reads.found if kind[0] != "_to_copy"] == []
         assert read == list(range(1, iteration))
     run._settle()
@@ -496,7 +496,7 @@ def test_what_an_iteration_began_with_is_kept_without_new_tensors(tmp_path):
     run = trainer(method="mfrw-mes", nan_policy="stop")
     run.folder = RunFolder(tmp_path)
     for _ in range(4):
-        run._watched_step(*run.batches(run.phases[0]))
+        run._watched_step(*run.batches(run.stages[0]))
     slots = [beginning._moved._copies for beginning in run.recorder._beginnings]
     where = [[tensor.data_ptr() for tensor in slot] for slot in slots]
     assert len(where[0]) > 16
@@ -508,7 +508,7 @@ def test_what_an_iteration_began_with_is_kept_without_new_tensors(tmp_path):
             lambda to, of: launched.append(len(to)) or [a.copy_(b) for a, b in zip(to, of, strict=True)],
         )
         for _ in range(2):
-            run._watched_step(*run.batches(run.phases[0]))
+            run._watched_step(*run.batches(run.stages[0]))
     assert len(launched) == 2
     assert [[tensor.data_ptr() for tensor in slot] for slot in slots] == where
 

@@ -79,7 +79,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
         train, meta = (
             StreamLoader(
                 _backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed, rank=rank),
-                Order(_array(ids), batch, seed, rank, ranks),
+                Order(_array(ids), batch, seed, rank, ranks, _array(data.labels[ids])),
                 labels,
                 bad=bad,
                 augment=pad if name != "synthetic" else None,

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from fastadvisor.datasets.types import TrainingData
 from fastadvisor.loading import unreadable
 from fastadvisor.loading.batch import Batch
+from fastadvisor.loading.samplers import Sampler
 from fastadvisor.loading.unreadable import BadImages
 
 
@@ -23,6 +24,10 @@ class Loader(Protocol):
 
     def next_batch(self) -> Batch:
         """Return the next batch."""
+        ...
+
+    def use(self, sampler: Sampler, *, anew: bool) -> None:
+        """Draw epochs by ``sampler``; ``anew``: the next batch begins one, else the epoch that has begun was drawn by it."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastadvisor.datasets.paths import Ints
 from fastadvisor.loading.geometry import DRAWS, Draws
+from fastadvisor.loading.samplers import SAMPLERS, Sampler
 from fastadvisor.runtime.share import Share
 
 SPARES = 32
@@ -31,9 +32,13 @@ class Spec(NamedTuple):
 
 
 class Order:
-    """An endless shuffled sequence of batches; every epoch a new order, the last partial batch dropped."""
+    """An endless sequence of batches; every epoch a new order, of all samples once unless another sampler is used, and the last
+    partial batch dropped.
+    """
 
-    def __init__(self, ids: Ints, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, ids: Ints, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, labels: Ints | None = None
+    ) -> None:
         """Set up.
 
         Args:
@@ -42,7 +47,10 @@ class Order:
             seed: of the order and the crops.
             rank: of this process, 0 to ``ranks`` - 1: it sees the ``rank``-th part of each batch of all ranks.
             ranks: processes that share an epoch.
+            labels: (n,) of the samples, for samplers that go by them.
         """
+        self.labels = np.zeros_like(ids) if labels is None else labels
+        self.sampler: Sampler = SAMPLERS["shuffled"]
         self.ids, self.batch_size, self.seed, self.share = ids, batch_size, seed, Share(rank, ranks)
         self._epoch, self._order = -1, ids
 
@@ -50,11 +58,16 @@ class Order:
         """Batches an epoch."""
         return len(self.ids) // self.share.whole(self.batch_size)
 
+    def use(self, sampler: Sampler) -> None:
+        """Draw epochs by ``sampler``."""
+        self.sampler, self._epoch = sampler, -1
+
     def spec(self, number: int) -> Spec:
         """Return batch ``number``, counted from the start of the run."""
         epoch, position = divmod(number, len(self))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.ids)
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, self.sampler.epoch(self.ids, self.labels, rng)
         whole, mine = self.share.whole(self.batch_size), self.share.part(self.batch_size)
         random = np.random.default_rng([self.seed, epoch, position])
         draws = random.random((whole, DRAWS))[mine]

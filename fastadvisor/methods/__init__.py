@@ -2,7 +2,7 @@
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.errors import UserError, nearest
-from fastadvisor.methods.base import Advice, Clock, DataFacts, Method, Phase, Seen, settings_of
+from fastadvisor.methods.base import Advice, Clock, DataFacts, Method, Seen, settings_of
 from fastadvisor.methods.ce import CrossEntropy
 from fastadvisor.methods.finetune import Finetune
 from fastadvisor.methods.l2rw import L2RW
@@ -11,6 +11,7 @@ from fastadvisor.methods.meta_only import MetaOnly
 from fastadvisor.methods.mfrw import MFRW
 from fastadvisor.methods.mfrw_mes import MFRWMES
 from fastadvisor.methods.mw_net import MWNet
+from fastadvisor.methods.stages import Stage
 
 METHODS: dict[str, type[Method]] = {
     "ce": CrossEntropy,
@@ -23,7 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "mfrw-mes": MFRWMES,
 }
 
-__all__ = ["METHODS", "Advice", "Clock", "DataFacts", "Method", "Phase", "Seen", "build_method", "check_method"]
+__all__ = ["METHODS", "Advice", "Clock", "DataFacts", "Method", "Seen", "Stage", "build_method", "check_method"]
 
 
 def check_method(name: str) -> None:

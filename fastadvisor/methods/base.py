@@ -6,12 +6,13 @@ the sigmoid.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastadvisor.loading.batch import Batch
+from fastadvisor.methods.stages import Stage
 from fastadvisor_kernels import Beta, mes_cross_entropy, reweight_features
 
 GATES = ("mask", "equalisation")
@@ -36,15 +37,6 @@ class DataFacts(NamedTuple):
     def of_plain(cls, state: Mapping[str, Any]) -> "DataFacts":
         """Return what :meth:`to_plain` was taken of."""
         return cls(int(state["classes"]), int(state["samples"]), state["label_counts"])
-
-
-@dataclass
-class Phase:
-    """A part of the run: which images it trains on, for what share of the epochs, at what rate."""
-
-    source: Literal["train", "meta"] = "train"
-    share: float = 1.0
-    lr_factor: float = 1.0
 
 
 class Clock(NamedTuple):
@@ -152,9 +144,9 @@ class Method(nn.Module):
         for parameter, gradient in zip(self.meta_parameters(), gradients, strict=True):
             parameter.grad = gradient
 
-    def phases(self) -> list[Phase]:
+    def stages(self) -> tuple[Stage, ...]:
         """Return the parts of the run, whose shares sum to 1."""
-        return [Phase()]
+        return (Stage(),)
 
     def begin_epoch(self, clock: Clock) -> None:
         """Prepare for an epoch; ``clock`` alone decides how.

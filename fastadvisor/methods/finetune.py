@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from fastadvisor.config import Fraction, Positive
-from fastadvisor.methods.base import Method, Phase
+from fastadvisor.methods.base import Method
+from fastadvisor.methods.stages import Stage
 
 
 class Finetune(Method):
@@ -18,7 +19,7 @@ class Finetune(Method):
         finetune_lr_factor: Positive = 0.1
         """finetune: learning rate of that part, over --lr."""
 
-    def phases(self) -> list[Phase]:
-        """Return the two phases; each runs its own schedule from start to end."""
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the two stages."""
         fraction = self.settings.finetune_fraction
-        return [Phase("train", 1 - fraction), Phase("meta", fraction, self.settings.finetune_lr_factor)]
+        return Stage("train", 1 - fraction), Stage("meta", fraction, self.settings.finetune_lr_factor)

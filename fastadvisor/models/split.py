@@ -7,7 +7,7 @@ parameter names, and so its state dict, stay its own.
 
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class SplitClassifier(nn.Module):
         self.model = model
         self.head_name = head
         self.name = name
+        self._head_alone = False
+        self._frozen: list[nn.Parameter] = []
+        """What :meth:`train_head_alone` has frozen."""
         self._identity = (nn.Identity(),)  # in a tuple, so that it is no submodule
         self._normalisations = [
             module
@@ -134,6 +137,26 @@ class SplitClassifier(nn.Module):
                 module.track_running_stats = True
             for spectral in iterating:
                 spectral.training = True
+
+    def train_head_alone(self, alone: bool = True) -> None:
+        """Freeze the backbone, whose normalisations and dropout then behave as in testing; not ``alone``: let it go on."""
+        if alone == self._head_alone:
+            return
+        if alone:
+            head = {id(parameter) for parameter in self.head.parameters()}
+            self._frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in head]
+        for parameter in self._frozen:
+            parameter.requires_grad_(not alone)
+        self._head_alone = alone
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and testing; a frozen backbone stays as in testing."""
+        super().train(mode)
+        if self._head_alone:
+            self.model.eval()
+            self.head.train(mode)
+        return self
 
     @property
     def compiled(self) -> bool:

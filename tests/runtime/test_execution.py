@@ -92,7 +92,7 @@ def test_what_stays_in_float32(dtype, monkeypatch):
     seen = []
     advise = run.method.advise
     monkeypatch.setattr(run.method, "advise", lambda *args: seen.append(advise(*args)) or seen[-1])
-    result = run.step(*run.batches(run.phases[0]))
+    result = run.step(*run.batches(run.stages[0]))
     assert result.loss.dtype == result.meta_loss.dtype == torch.float32
     assert all(part.dtype == torch.float32 for advice in seen for part in advice.outputs.values())
     state = [*run.model.state_dict().values(), *run.method.advisor.state_dict().values()]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from fastadvisor.errors import UserError
 from fastadvisor.loading.augment import Augmentation, normalize
 from fastadvisor.loading.backends.stream import check_state, set_generator
 from fastadvisor.loading.batch import Batch
+from fastadvisor.loading.samplers import Sampler, Shuffled
 from fastadvisor.runtime.share import Share
 
 
@@ -85,6 +87,9 @@ class ResidentLoader:
         self._share = Share(rank, ranks)
         self._ids = ids.to(device)
         self._generator, self._host = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
+        self._sampler: Sampler | None = None
+        """None: every sample once, in an order that is drawn on the device."""
+        self._seed, self._epochs = seed, 0
         self._order = self._permutation()
         self._position = 0  # a host integer: knowing it costs no synchronisation
         self.waited = 0.0
@@ -110,13 +115,20 @@ class ResidentLoader:
         images = self.augment(self.table.images, ids, self._generator, self._host, self._share)
         return Batch(images, self.table.labels[ids], ids)
 
+    def use(self, sampler: Sampler, *, anew: bool) -> None:
+        """Draw epochs by ``sampler``; ``anew``: the next batch begins one."""
+        self._sampler = None if isinstance(sampler, Shuffled) else sampler
+        if anew:
+            self._position = len(self._ids)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as CPU tensors and an integer."""
+        """Return where the stream stands, as CPU tensors and integers."""
         return {
             "generator": self._generator.get_state(),
             "host": self._host.get_state(),
             "order": self._order.cpu().clone(),
             "position": self._position,
+            "epochs": self._epochs,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,12 +141,18 @@ class ResidentLoader:
         set_generator(self._generator, state["generator"])
         set_generator(self._host, state["host"])
         self._order = state["order"].to(self._ids.device)
-        self._position = int(state["position"])
+        self._position, self._epochs = int(state["position"]), int(state["epochs"])
 
     def close(self) -> None:
         """There is nothing to end."""
 
     def _permutation(self) -> Tensor:
+        self._epochs += 1
+        if self._sampler is not None:
+            labels = self.table.labels[self._ids].cpu().numpy()
+            rng = np.random.default_rng([self._seed, self._epochs])
+            places = self._sampler.epoch(np.arange(len(self._ids)), labels, rng)
+            return torch.from_numpy(places).to(self._ids.device)
         return torch.randperm(len(self._ids), generator=self._generator, device=self._ids.device)
 
 

@@ -16,6 +16,7 @@ from fastadvisor.loading.autoaugment import cutout
 from fastadvisor.loading.batch import Batch
 from fastadvisor.loading.decode import Unreadable
 from fastadvisor.loading.order import Order, Spec, in_sequence
+from fastadvisor.loading.samplers import Sampler
 from fastadvisor.loading.unreadable import BadImages
 
 T = TypeVar("T")
@@ -129,6 +130,11 @@ class StreamLoader:
         if images.dtype == torch.uint8:
             images = normalize(images, self.mean, self.std)
         return cutout(images, self.hole, self._generator, self.order.share) if self.hole else images
+
+    def use(self, sampler: Sampler, *, anew: bool) -> None:
+        """Draw epochs by ``sampler``, from the next batch on: which batch of its epoch that is, its number says."""
+        self.order.use(sampler)
+        self._decoded = None  # what was decoded ahead was drawn by the other
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, as CPU tensors and plain values."""

@@ -1,0 +1,58 @@
+"""How the samples of an epoch are drawn.
+
+To add one: a class with ``epoch``, and a line in ``SAMPLERS``; a stage of a method asks for it by its name.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from fastadvisor.datasets.paths import Ints
+
+
+class Sampler(Protocol):
+    """Draws the samples of an epoch."""
+
+    def epoch(self, ids: Ints, labels: Ints, rng: np.random.Generator) -> Ints:
+        """Return (n,) ids, in the order in which they are trained on.
+
+        Args:
+            ids: (n,) the samples to draw from.
+            labels: (n,) their labels, as given.
+            rng: of this epoch; the same on all ranks.
+        """
+        ...
+
+
+class Shuffled:
+    """Every sample once, in random order."""
+
+    def epoch(self, ids: Ints, labels: Ints, rng: np.random.Generator) -> Ints:
+        """Return a permutation of ``ids``."""
+        return rng.permutation(ids)
+
+
+class ClassAware:
+    """Every class equally often: one sample of each class in turn, in an order of the classes that is new in each turn.
+
+    The samples of a class are all drawn before one is drawn again (Shen et al. 2016; the second stage of Kang et al. 2020).
+    """
+
+    def epoch(self, ids: Ints, labels: Ints, rng: np.random.Generator) -> Ints:
+        """Return (n,) ids, those of small classes several times."""
+        present = np.unique(labels)
+        classes = _repeated(present, len(ids), rng)
+        drawn = np.empty_like(ids)
+        for label in present:
+            places = np.flatnonzero(classes == label)
+            drawn[places] = _repeated(ids[labels == label], len(places), rng)
+        return drawn
+
+
+def _repeated(values: Ints, count: int, rng: np.random.Generator) -> Ints:
+    """Return ``count`` of ``values``, in permutations one after the other."""
+    turns = -(-count // len(values))
+    return rng.permuted(np.tile(values, (turns, 1)), axis=1).reshape(-1)[:count]
+
+
+SAMPLERS: dict[str, Sampler] = {"shuffled": Shuffled(), "class-aware": ClassAware()}
