@@ -27,7 +27,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 import fastadvisor
 from fastadvisor.errors import UserError
 
-PLAIN = ("ce", "meta-only", "finetune")
+PLAIN = ("ce", "meta-only", "finetune", "focal", "balanced-softmax", "elr", "crt")
 LEARNING = ("mw-net", "l2rw", "mes", "mfrw", "mfrw-mes")
 SMALL = {
     "dataset": "digits",
@@ -154,10 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {line}")
     same = sum(not lines for lines in differing.values())
     refused = sum("refused" in before[name] for name in differing)
-    missing = len(before.keys() ^ after.keys())
+    missing, new = len(before.keys() - after.keys()), len(after.keys() - before.keys())
     print(f"{same} of {len(differing)} cases are the same bit for bit, {refused} of them refused in both.")
+    if new:
+        print(f"{new} cases are new in {options.after}.")
     if missing:
-        print(f"{missing} cases are in one of the files only.")
+        print(f"{missing} cases are missing in {options.after}.")
     return int(same < len(differing) or missing > 0)
 
 

@@ -2,9 +2,13 @@
 
 from fastadvisor.config import MethodConfig
 from fastadvisor.errors import UserError, nearest
+from fastadvisor.methods.balanced_softmax import BalancedSoftmax
 from fastadvisor.methods.base import Advice, Clock, DataFacts, Method, Seen, settings_of
 from fastadvisor.methods.ce import CrossEntropy
+from fastadvisor.methods.crt import CRT
+from fastadvisor.methods.elr import ELR
 from fastadvisor.methods.finetune import Finetune
+from fastadvisor.methods.focal import Focal
 from fastadvisor.methods.l2rw import L2RW
 from fastadvisor.methods.mes import MES
 from fastadvisor.methods.meta_only import MetaOnly
@@ -22,6 +26,10 @@ METHODS: dict[str, type[Method]] = {
     "mfrw": MFRW,
     "mes": MES,
     "mfrw-mes": MFRWMES,
+    "focal": Focal,
+    "balanced-softmax": BalancedSoftmax,
+    "elr": ELR,
+    "crt": CRT,
 }
 
 __all__ = ["METHODS", "Advice", "Clock", "DataFacts", "Method", "Seen", "Stage", "build_method", "check_method"]
