@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from fastadvisor.launch import train
     from fastadvisor.rehearsal import DryRun
     from fastadvisor.trainer import TrainResult
+    from fastadvisor.training.meta_step import MetaStep
 
 __all__ = [
     "CompareConfig",
     "Config",
     "DryRun",
+    "MetaStep",
     "TrainResult",
     "UserError",
     "__version__",
@@ -31,6 +33,7 @@ _HOMES = {
     "CompareConfig": ("fastadvisor.config", "CompareConfig"),
     "Config": ("fastadvisor.config", "Config"),
     "DryRun": ("fastadvisor.rehearsal", "DryRun"),
+    "MetaStep": ("fastadvisor.training.meta_step", "MetaStep"),
     "TrainResult": ("fastadvisor.trainer", "TrainResult"),
     "UserError": ("fastadvisor.errors", "UserError"),
     "compare": ("fastadvisor.comparison", "compare"),

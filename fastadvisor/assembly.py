@@ -13,7 +13,12 @@ from fastadvisor.runtime.watch import Watch
 
 
 def build_step(
-    config: Config, model: SplitClassifier, method: Method, execution: Execution, image_shape: tuple[int, int]
+    config: Config,
+    model: SplitClassifier,
+    method: Method,
+    execution: Execution,
+    image_shape: tuple[int, int],
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Iteration:
     """Return the iteration of ``config`` for a model and a method that are on their device.
 
@@ -23,14 +28,19 @@ def build_step(
         method: with its advisor, if it has one.
         execution: how passes are run.
         image_shape: (height, width) of the images, to try where the model can be cut.
+        optimizer: the classifier's; None builds the one of ``config``.
     """
-    schedule = meta_schedule(config, type(method))
     deferred = defers(config, execution)
+    if optimizer is None:
+        optimizer = build_optimizer(config, parameter_groups(model, config.layer_decay, config.lr))
+    else:  # only fused ones heed the flag of a watch that does not wait
+        deferred = deferred and all(group.get("fused") for group in optimizer.param_groups)
+    schedule = meta_schedule(config, type(method))
     watch = Watch(config.nan_policy == "skip", gradients=execution.scaler is None, ranks=execution.ranks, deferred=deferred)
     return build_iteration(
         model,
         method,
-        build_optimizer(config, parameter_groups(model, config.layer_decay, config.lr)),
+        optimizer,
         _advisor_optimizer(config, method, fused=deferred),
         _engine(config, model, method, execution, image_shape),
         execution,

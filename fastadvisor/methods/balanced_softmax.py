@@ -1,6 +1,6 @@
 """Balanced softmax (Ren et al. 2020)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from fastadvisor.methods.base import DataFacts, Method
 class BalancedSoftmax(Method):
     """Cross-entropy of z + log n, n the counts of the labels as given; tested are the logits z."""
 
+    needs: ClassVar[tuple[str, ...]] = ("label_counts",)
     counts: Tensor
 
     def __init__(self, settings: Any, features: int, facts: DataFacts) -> None:

@@ -117,6 +117,9 @@ class Method(nn.Module):
     of_one_batch: ClassVar[bool] = False
     """Whether the meta-parameters belong to the batch and are forgotten after it, as L2RW's are."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Of :class:`DataFacts`, besides the classes: what the method goes by."""
+
     def __init__(self, settings: Any, features: int, facts: DataFacts) -> None:
         super().__init__()
         self.settings = settings

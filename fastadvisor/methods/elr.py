@@ -1,6 +1,7 @@
 """Early-learning regularisation (Liu et al. 2020)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class ELR(Method):
         elr_weight: NonNegative = 3.0
         """elr: weight lambda of the regularisation (CIFAR-10 3, CIFAR-100 7)."""
 
+    needs: ClassVar[tuple[str, ...]] = ("samples",)
     targets: Tensor
     """t (N, C) float32, by sample id; 4 N C bytes of device memory."""
 

@@ -217,13 +217,21 @@ def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator
             parent._modules[child] = module
 
 
-def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: int) -> SplitClassifier:
+def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: int | None = None) -> SplitClassifier:
     """Find the head of ``model`` and check, on a dummy batch, that backbone and head together give its logits.
+
+    Args:
+        model: on any device.
+        name: what messages call it.
+        image_shape: (height, width) of its images.
+        classes: C; None takes as many as the model has.
 
     Raises:
         UserError: the model does not take images of this size, or does not end in a linear layer on its features.
     """
     images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0))
+    weight = next(model.parameters(), images)
+    images = images.to(weight.device, weight.dtype)
     training = model.training
     model.eval()
     try:
@@ -231,7 +239,8 @@ def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: in
             logits = run(model, name, images)
             for candidate in reversed([n for n, m in model.named_modules() if isinstance(m, nn.Linear)]):
                 whole = SplitClassifier(model, candidate, name)
-                if whole.head.out_features == classes and _agrees(whole, images, logits) and _decides(whole, images):
+                fits = whole.head.out_features == (logits.shape[1] if classes is None else classes)
+                if fits and _agrees(whole, images, logits) and _decides(whole, images):
                     _check_training(whole, images)
                     return whole
     finally:

@@ -122,7 +122,7 @@ def _check_sums(path: Path) -> None:
             raise zipfile.BadZipFile(bad)
 
 
-def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Path) -> None:
+def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Path | str) -> None:
     """Load ``state``, read from ``path``, into ``module``.
 
     Raises:

@@ -41,7 +41,7 @@ class Checked(ABC):
         """As in :class:`Stateful`."""
 
     @abstractmethod
-    def load_from(self, state: Any, path: Path) -> None:
+    def load_from(self, state: Any, path: Path | str) -> None:
         """Go on from ``state``, which was read from ``path``; a UserError if it is of another run."""
 
 
@@ -61,7 +61,7 @@ class Value(Checked):
         """Return the value."""
         return getattr(self.owner, self.name)
 
-    def load_from(self, state: Any, path: Path) -> None:
+    def load_from(self, state: Any, path: Path | str) -> None:
         """Set the value; a TypeError if it is of another type."""
         if not isinstance(state, self.kind):
             raise TypeError(f"{self.name} is {type(state).__name__}")
@@ -83,7 +83,7 @@ class Fixed(Checked):
         """Return the value."""
         return self.value
 
-    def load_from(self, state: Any, path: Path) -> None:
+    def load_from(self, state: Any, path: Path | str) -> None:
         """Compare; a UserError where it is another one, a TypeError where it is of another type."""
         if not isinstance(state, type(self.value)):
             raise TypeError(f"{type(state).__name__} in place of {type(self.value).__name__}")
@@ -106,7 +106,7 @@ class Module(Checked):
         """Return them by name."""
         return self.module.state_dict()
 
-    def load_from(self, state: Any, path: Path) -> None:
+    def load_from(self, state: Any, path: Path | str) -> None:
         """Load them; a UserError where they are another module's."""
         if self.otherwise is not None and state.keys() != self.module.state_dict().keys():
             raise UserError(f"{path} {self.otherwise}")
@@ -123,7 +123,7 @@ class Optimizer(Checked):
         """Return its state."""
         return self.optimizer.state_dict()
 
-    def load_from(self, state: Any, path: Path) -> None:
+    def load_from(self, state: Any, path: Path | str) -> None:
         """Go on from ``state``."""
         load_state(self.optimizer, state)
 
@@ -157,7 +157,7 @@ def save_parts(parts: Mapping[str, Part], own: Mapping[str, Part], ranks: Ranks)
 
 def load_parts(
     state: Mapping[str, Any],
-    path: Path,
+    path: Path | str,
     parts: Mapping[str, Part],
     own: Mapping[str, Part] | None = None,
     ranks: Ranks | None = None,
@@ -190,7 +190,7 @@ def load_parts(
             _load(part, mine[name], path)
 
 
-def _load(part: Part, state: Any, path: Path) -> None:
+def _load(part: Part, state: Any, path: Path | str) -> None:
     if isinstance(part, Checked):
         part.load_from(state, path)
     elif not isinstance(state, dict):
