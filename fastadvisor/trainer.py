@@ -25,7 +25,8 @@ from fastadvisor.iterations import OneStepBehind, StepResult
 from fastadvisor.loading import Batch, EvaluationLoader, Loader, build_loaders
 from fastadvisor.loading.samplers import SAMPLERS
 from fastadvisor.metagrad import ValidatedEngine
-from fastadvisor.methods import Clock, DataFacts, build_method
+from fastadvisor.methods import Clock, DataFacts, Method, build_method
+from fastadvisor.methods.base import Adjusted
 from fastadvisor.methods.collapse import Collapse
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
@@ -401,6 +402,8 @@ class Trainer:
         """Return the accuracy on ``images`` as of now."""
         model = self.tested_model()
         self.ranks.align_buffers(model)
+        if type(self.method).adjust is not Method.adjust:
+            model = Adjusted(model, self.method)
         return accuracy(model, self._awake(images), self.data, precision=self.execution, ranks=self.ranks)
 
     def _awake(self, images: EvaluationLoader) -> Iterator[Batch]:

@@ -197,6 +197,23 @@ class Method(nn.Module):
         return z_BC
 
 
+class Adjusted(nn.Module):
+    """A classifier as it is tested: with what its method does to the logits then.
+
+    Args:
+        model: (B, 3, H, W) → (B, C).
+        method: whose :meth:`Method.adjust` it is.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the adjusted logits."""
+        return self.method.adjust(self.model(images))
+
+
 def settings_of(kind: type[Method], config: object) -> Any:
     """Return the ``Settings`` of the method ``kind`` as ``config`` has them by name; the defaults where it has none."""
     own = kind.Settings

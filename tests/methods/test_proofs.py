@@ -136,6 +136,28 @@ def test_the_second_stage_of_crt_trains_a_new_head_alone(tmp_path):
         assert torch.equal(value, run.model.model.state_dict()[name]), name
 
 
+def test_what_a_method_does_to_the_logits_at_test_time(monkeypatch):
+    run = trainer(method="ce", epochs=1)
+    plain = run.test(run.loaders.test)
+
+    class Seventh(METHODS["ce"]):
+        def adjust(self, z_BC):
+            return z_BC + 1e6 * torch.nn.functional.one_hot(torch.tensor(7), z_BC.shape[1])
+
+    run.method.__class__ = Seventh
+    adjusted = run.test(run.loaders.test)
+    share = 100 * (run.data.test.labels == 7).double().mean()
+    assert adjusted.top1 == pytest.approx(float(share))
+    assert adjusted.top1 != plain.top1
+
+
+def test_a_method_is_told_of_every_epoch(tmp_path, monkeypatch):
+    clocks = []
+    monkeypatch.setattr(METHODS["finetune"], "begin_epoch", lambda self, clock: clocks.append(tuple(clock)))
+    fastadvisor.train(output=str(tmp_path / "run"), **{**QUIET, "method": "finetune", "epochs": 5})
+    assert clocks == [(0, 5, 0, 0, 4), (1, 5, 0, 1, 4), (2, 5, 0, 2, 4), (3, 5, 0, 3, 4), (4, 5, 1, 0, 1)]
+
+
 @pytest.mark.parametrize("name", ["focal", "balanced-softmax", "elr", "crt"])
 def test_a_run_of_each(tmp_path, name):
     result = fastadvisor.train(output=str(tmp_path / "run"), **{**QUIET, "method": name, "epochs": 2})
