@@ -6,11 +6,11 @@ serves Loss Pre-calculation, Virtual-Train and Actual-Train.
 With gradient accumulation a batch comes in micro-batches, whose graphs are let go and had again (``SharedForward.again``).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,12 @@ class Step:
             NonFiniteError: the watch found something, and does not skip.
         """
         self.iteration += 1
+        result = self.compute(train, meta)
+        self.finish()
+        return result
+
+    def compute(self, train: Batch, meta: Batch | None) -> StepResult:
+        """Do all of an iteration that happens on the device."""
         statistics = [buffer.clone() for buffer in self.model.buffers()] if self.watch is not None and self.watch.skip else []
         if meta is None or not self.method.learns:
             parts = (self.loss_pre_calculation(*part, with_meta_step=False) for part in self._micro_batches(train))
@@ -89,13 +95,63 @@ class Step:
             shared = self._shared(train)
             meta_loss = self.virtual_and_meta_train(shared, meta)
             loss, taken = self.actual_train(shared)
-        self.execution.end_iteration()
-        if self.watch is not None:
-            self.watch.end_iteration(self.iteration)
         if not taken:  # the forward pass has moved the running statistics
             for buffer, before in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         return StepResult(loss, meta_loss, not taken)
+
+    def finish(self) -> None:
+        """Do what an iteration leaves to the host.
+
+        Raises:
+            NonFiniteError: the watch found something in the iteration before.
+        """
+        self.execution.end_iteration()
+        if self.watch is not None:
+            self.watch.end_iteration(self.iteration)
+
+    def capturable(self) -> str | None:
+        """Return why iterations cannot be recorded as a CUDA graph (runtime/cuda_graph.py); None if they can."""
+        if self.execution.ranks.count > 1:
+            return "several processes average their gradients"
+        if self.execution.scaler is not None:
+            return "the host reads whether float16 overflowed"
+        if self.watch is not None and not self.watch.deferred:
+            return f"the host reads whether the numbers are finite (--nan-policy {'skip' if self.watch.skip else 'stop'})"
+        for optimizer in self.optimizers():
+            if not all(group.get("fused") for group in optimizer.param_groups):
+                return f"{type(optimizer).__name__}, which is not torch's fused one, takes its learning rate from the host"
+        if self.model.compiled:
+            return "the model is compiled"
+        return self.engine.capturable() if self.method.learns else None
+
+    def graph_kind(self) -> Hashable | None:
+        """Return what, beside its batches, tells the next iteration's operations; None if the host reads something in it."""
+        return self.engine.graph_kind() if self.meta_is_due else ()
+
+    def count(self, by: int) -> None:
+        """Count ``by`` meta steps of a replayed graph."""
+        if by:
+            self.engine.count(by)
+
+    def leftovers(self) -> tuple[Advice | None, list[Any]]:
+        """Return the advice, and what the watch has looked at."""
+        return self.advice, [] if self.watch is None else list(self.watch.looks)
+
+    def put_back(self, leftovers: tuple[Advice | None, list[Any]]) -> None:
+        """Leave them as :meth:`compute` would have."""
+        self.advice = leftovers[0]
+        if self.watch is not None:
+            self.watch.looks = list(leftovers[1])
+
+    def tensors(self) -> list[Tensor]:
+        """Return weights and buffers of the classifier and the advisor."""
+        modules = [self.model] if self.method.advisor is None else [self.model, self.method.advisor]
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the classifier's and, if there is one, the advisor's."""
+        return [self.optimizer, *([] if self.advisor_optimizer is None else [self.advisor_optimizer])]
 
     def draw(self, train: Batch) -> Beta:
         """Return the method's random numbers for ``train``: this rank's part of those for the batch of all ranks."""
@@ -163,13 +219,17 @@ class Step:
         parts = tuple(MetaProblem(self.model, self.method, one, self._advise(one), step, self.attached) for one in shared)
         return parts[0] if len(parts) == 1 else replace(parts[0], parts=parts)
 
-    def _rates(self) -> tuple[float, dict[str, float]]:
-        """Return the largest rate, and the others' shares of it by parameter name."""
+    def _rates(self) -> tuple[float | Tensor, dict[str, float]]:
+        """Return the largest rate, and the others' shares of it by parameter name. In a graph rates are on the device, where
+        nothing compares them: there the groups' fixed scales do.
+        """
         groups = self.optimizer.param_groups
-        largest = max(group["lr"] for group in groups)
-        if len(groups) == 1 or not largest:
+        key = "lr_scale" if isinstance(groups[0]["lr"], Tensor) else "lr"
+        top = max(groups, key=lambda group: group[key]) if len(groups) > 1 else groups[0]
+        largest = top["lr"]
+        if len(groups) == 1 or not top[key]:
             return largest, {}
-        shares = {id(p): group["lr"] / largest for group in groups for p in group["params"]}
+        shares = {id(p): group[key] / top[key] for group in groups for p in group["params"]}
         return largest, {name: shares[id(p)] for name, p in self.model.part_parameters().items()}
 
     def _micro_batches(self, train: Batch) -> Iterator[tuple[Batch, Beta]]:

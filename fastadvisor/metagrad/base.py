@@ -4,7 +4,7 @@ Shapes: B train batch, D features. Symbols are those of README.md in this folder
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -95,8 +95,8 @@ class SharedForward:
 class VirtualStep:
     """w' = w − α d, d = ∇w L: plain SGD; or with the optimizer's weight decay and momentum (Algorithm 1, Virtual-Train)."""
 
-    lr: float
-    """α; with layer-wise rates the largest."""
+    lr: float | Tensor
+    """α; with layer-wise rates the largest. A scalar on the device where an iteration is recorded as a CUDA graph."""
     optimizer: torch.optim.Optimizer | None = None
     """Given: d also holds its weight decay and its momentum buffers."""
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -117,7 +117,11 @@ class VirtualStep:
                 known = [torch.zeros_like(w) if buffer is None else buffer for w, buffer in zip(weights, buffers, strict=True)]
                 directions = torch._foreach_add(list(directions), known, alpha=group["momentum"])
         directions = tuple(self.scaled(dict(zip(parameters, directions, strict=True))).values())
-        return dict(zip(parameters, torch._foreach_add(weights, list(directions), alpha=-self.lr), strict=True))
+        if isinstance(self.lr, Tensor):
+            moved = torch._foreach_sub(weights, torch._foreach_mul(list(directions), self.lr))
+        else:
+            moved = torch._foreach_add(weights, list(directions), alpha=-self.lr)
+        return dict(zip(parameters, moved, strict=True))
 
     def scaled(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``direction`` times the layers' shares of the rate."""
@@ -184,6 +188,17 @@ class Engine(ABC):
     @abstractmethod
     def describe(self) -> str:
         """Say in a few words how it is computed."""
+
+    def capturable(self) -> str | None:
+        """Return why an iteration with a meta step cannot be recorded as a CUDA graph; None if it can."""
+        return None
+
+    def graph_kind(self) -> Hashable | None:
+        """Return what tells the next meta step's operations from others'; None if the host reads something in it."""
+        return ()
+
+    def count(self, by: int) -> None:  # noqa: B027 (most count nothing)
+        """Count ``by`` meta steps that a graph's replay has taken."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on as if nothing had happened."""
