@@ -13,6 +13,7 @@ from benchmarks.contenders import (
     CONTENDERS,
     REFERENCE,
     Contender,
+    Replayed,
     Setting,
     Unavailable,
     batches,
@@ -53,7 +54,11 @@ def correctness(
         contender = CONTENDERS[name]
         try:
             require(contender)
-            gradient = first_gradient(contender, setting, batch) if contender.advised and contender.comparable else None
+            gradient = None
+            if contender.graphed:
+                checked.errors[name] = replay_error(contender, setting, batch)
+            elif contender.advised and contender.comparable:
+                gradient = first_gradient(contender, setting, batch)
         except Unavailable as reason:
             checked.left_out[name] = str(reason)
             continue
@@ -80,6 +85,32 @@ def judge(name: str, checked: Checked) -> None:
         raise SystemExit(f"exact: {fault}, so nothing is timed.")
     checked.red.append(name)
     checked.left_out[name] = f"{fault}, so it is not timed"
+
+
+def replay_error(contender: Contender, setting: Setting, batch: int, iterations: int = 12) -> float:
+    """Return how far replayed iterations take the weights from where the same ones do that are not replayed, over how far both
+    take them; infinite where nothing was replayed.
+    """
+    ends = []
+    for replayed in (True, False):
+        iteration = contender.build(setting)
+        assert isinstance(iteration, Replayed)
+        if not replayed:
+            iteration.take.warm_up = iterations
+        begun = flat(iteration.step.model)
+        train, meta = batches(batch, setting.device, setting.dtype, setting.memory_format)
+        torch.manual_seed(1)
+        for _ in range(iterations):
+            iterate(contender, iteration, train, meta)
+        if (iteration.take.replays > 0) != replayed:
+            return float("inf")
+        ends.append(flat(iteration.step.model))
+    return float((ends[0] - ends[1]).norm() / (ends[1] - begun).norm())
+
+
+def flat(model: torch.nn.Module) -> Tensor:
+    """Return all weights in one vector, a copy."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def first_gradient(contender: Contender, setting: Setting, batch: int) -> Tensor | None:

@@ -20,11 +20,15 @@ from fastadvisor.metagrad import Engine, ReferenceEngine, build_engine, meta_sch
 from fastadvisor.methods import METHODS, DataFacts, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.optimizers import build_optimizer, parameter_groups
+from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.execution import Execution
 
 SIDE, CLASSES = 32, 10
+CPU = torch.device("cpu")
 METHOD = "mfrw-mes"
 FACTS = DataFacts(CLASSES, 50_000, torch.full((CLASSES,), 5_000))
+REPLAY_LIMIT = 1e-6
+"""Largest relative distance of the weights after some iterations in float64, replayed and not."""
 EXACT_LIMIT, PEER_LIMIT = 1e-10, 1e-8
 """Largest relative error of a meta-gradient in float64: of ours, and of what others compute."""
 
@@ -79,6 +83,8 @@ class Contender:
     """Part of the meta batch it takes."""
     advised: bool = True
     """False: no advisor, so nothing to check."""
+    graphed: bool = False
+    """Replayed as a CUDA graph; what is checked is that replays move the weights as the same iterations run eagerly do."""
     comparable: bool = True
     """False: another gradient by intention, which the reference says nothing about (the gradient-check suite does)."""
 
@@ -103,7 +109,8 @@ class Parts:
         method.to(setting.device, setting.dtype)
         advisor_optimizer = None
         if method.advisor is not None:
-            advisor_optimizer = torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr)
+            fused = setting.device.type == "cuda" or None  # as a run takes it
+            advisor_optimizer = torch.optim.Adam(method.advisor.parameters(), lr=method.advisor_lr, fused=fused)
         optimizer = build_optimizer(OptimizerConfig(), parameter_groups(model, 1.0, OptimizerConfig.lr))  # as a run takes it
         return cls(model, method, optimizer, advisor_optimizer, setting.execution())
 
@@ -165,6 +172,36 @@ def ours(label: str, limit: float | None = None, meta_share: float = 1.0, **sett
     return Contender(build, label, limit, iterations_per_cycle=schedule.interval, meta_share=meta_share)
 
 
+class Replayed:
+    """Our iteration as ``fastadvisor train`` takes it on a GPU: recorded as a CUDA graph, then replayed."""
+
+    def __init__(self, step: OurIteration, device: torch.device) -> None:
+        self.step, self.method = step, step.method
+        self.take: Graphed[StepResult] = Graphed(step, device)
+
+    @property
+    def meta_is_due(self) -> bool:
+        """As of the step."""
+        return self.step.meta_is_due
+
+    def __call__(self, train: Batch, meta: Batch | None) -> StepResult:
+        """Take one step."""
+        return self.take(train, meta)
+
+
+def graphed(contender: Contender) -> Contender:
+    """Return ``contender`` in a CUDA graph."""
+
+    def build(setting: Setting) -> Replayed:
+        if setting.device.type != "cuda":
+            raise Unavailable("a CUDA graph needs a GPU")
+        step = contender.build(setting)
+        assert isinstance(step, OurIteration)
+        return Replayed(step, setting.device)
+
+    return replace(contender, build=build, label=f"{contender.label}, CUDA graph", limit=REPLAY_LIMIT, graphed=True)
+
+
 BARE: dict[str, Any] = {
     "approx_meta": True,
     "meta_interval": 1,
@@ -201,7 +238,9 @@ CONTENDERS: dict[str, Contender] = {
     "top1_together2": ours("top stage, differences, one step behind, interval 2", **TOP),
     "top1_together2_half": ours("the same with half the meta batch", meta_share=0.5, **TOP),
 }
+CONTENDERS |= {f"{name}_graph": graphed(CONTENDERS[name]) for name in ("plain", "exact", "approx")}
 CORE = ("plain", "double_backward", "shared_double_backward", "higher", "torchopt", "exact", "lean", "approx")
+CORE_ON_GPU = ("plain_graph", "exact_graph", "approx_graph")
 """What is measured unless ``--only`` names others, or ``--only all``."""
 REFERENCE = "shared_double_backward"
 """Whose meta-gradient the others are held against."""
@@ -256,7 +295,7 @@ def batches(
     return one(), one()
 
 
-def chosen(only: str | None) -> list[str]:
+def chosen(only: str | None, device: torch.device = CPU) -> list[str]:
     """Return the names of ``--only``, in the table's order; plain always takes part, as ratios are over it.
 
     Raises:
@@ -264,7 +303,8 @@ def chosen(only: str | None) -> list[str]:
     """
     if only == "all":
         return list(CONTENDERS)
-    names = set(CORE) if only is None else {name.strip() for name in only.split(",")} | {"plain"}
+    core = {*CORE, *(CORE_ON_GPU if device.type == "cuda" else ())}
+    names = core if only is None else {name.strip() for name in only.split(",")} | {"plain"}
     unknown = sorted(names - set(CONTENDERS))
     if unknown:
         raise SystemExit(f"--only: there is no contender {', '.join(unknown)}; there are {', '.join(CONTENDERS)}.")

@@ -9,7 +9,7 @@ under 0.99.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +76,17 @@ def cosines(trainer: Trainer, batches: int) -> Iterator[tuple[str, str, float]]:
                 yield name, dtype_name, float(torch.cosine_similarity(mixed, exact, dim=0))
 
 
+def summarised(found: Iterable[tuple[str, str, float]]) -> list[dict[str, Any]]:
+    """Return mean and smallest cosine of each method and precision over the batches."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for method, dtype, cosine in found:
+        values.setdefault((method, dtype), []).append(cosine)
+    return [
+        {"method": method, "dtype": dtype, "mean": sum(each) / len(each), "min": min(each)}
+        for (method, dtype), each in values.items()
+    ]
+
+
 def gradient(
     trainer: Trainer, config: Config, method: Any, dtype: torch.dtype | None, train: Batch, meta: Batch, shape: tuple[int, int]
 ) -> Tensor:
@@ -118,13 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments[:at])
     config = parse_config(Config, "train", "", [*arguments[at + 1 :], "--no-tensorboard"])
     with closing(trained(config)) as trainer:
-        found: dict[tuple[str, str], list[float]] = {}
-        for method, dtype, cosine in tqdm(cosines(trainer, args.batches)):
-            found.setdefault((method, dtype), []).append(cosine)
-    rows: list[dict[str, Any]] = [
-        {"method": method, "dtype": dtype, "mean": sum(values) / len(values), "min": min(values)}
-        for (method, dtype), values in found.items()
-    ]
+        rows = summarised(tqdm(cosines(trainer, args.batches)))
     result: dict[str, Any] = {"command": command(arguments, "benchmarks.precision"), "environment": about()}
     result |= {"device": trainer.device.type, "rows": rows}
     publish(result, report(result), args.json, args.markdown)

@@ -26,7 +26,7 @@ from benchmarks.tables import about, command, publish, report, suffixes_of
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 
-GPU_CYCLES = 20
+GPU_CYCLES = 8
 
 
 @dataclass
@@ -132,7 +132,7 @@ def memory(names: Sequence[str], setting: Setting, batch_size: int | None, left_
 
 def measure(plan: Plan, device: torch.device) -> dict[str, Any]:
     """Check, measure memory, then time every contender; raises SystemExit if the exact engine is off."""
-    names, last = chosen(plan.only), plan.channels_last
+    names, last = chosen(plan.only, device), plan.channels_last
     checked = checks.correctness(names, plan.model, device, plan.check_batch_size, channels_last=last)
     left_out, settings = dict(checked.left_out), [Setting(plan.model, device, amp, channels_last=last) for amp in plan.amps]
     result = memory(checked.green, settings[0], plan.memory_batch_size, left_out)

@@ -41,7 +41,7 @@ def build_step(
         model,
         method,
         optimizer,
-        _advisor_optimizer(config, method, fused=deferred),
+        _advisor_optimizer(config, method, fused=deferred or as_on_gpu(config, execution)),
         _engine(config, model, method, execution, image_shape),
         execution,
         virtual_with_optimizer=config.virtual_step == "optimizer",
@@ -60,7 +60,12 @@ def defers(config: Config, execution: Execution) -> bool:
     something, with optimizers that heed its flag, and where nothing but the weights has to be put back.
     """
     fused = config.optimizer in TORCH
-    return config.nan_policy == "stop" and execution.device.type == "cuda" and fused and execution.scaler is None
+    return config.nan_policy == "stop" and as_on_gpu(config, execution) and fused and execution.scaler is None
+
+
+def as_on_gpu(config: Config, execution: Execution) -> bool:
+    """Whether nothing is to wait for the device: on a GPU, and where a CPU stands in for one (--cuda-graph on)."""
+    return execution.device.type == "cuda" or config.cuda_graph == "on"
 
 
 def _engine(

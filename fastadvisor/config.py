@@ -235,6 +235,9 @@ class RunConfig:
     """Images and weights in memory as NCHW or NHWC; auto: channels-last with --amp on a GPU, whose convolutions want it."""
     tf32: bool = False
     """Float32 matrix products in TF32, on GPUs that have it (convolutions are anyway, which is torch's default)."""
+    cuda_graph: Literal["auto", "on", "off"] = "off"
+    """Record a whole iteration as a CUDA graph and replay it, which spares a GPU the wait for its launches. on: end where that
+    cannot be; auto: on a GPU, where it can be; off: launch operations one by one, until the rest has run on a GPU."""
     output: str | None = None
     """Run folder; none: a new one under runs/."""
     resume: bool | Literal["auto"] = False

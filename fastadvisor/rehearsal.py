@@ -13,6 +13,7 @@ from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import OutOfMemoryError, UserError
 from fastadvisor.runtime import memory
 from fastadvisor.runtime.console import tell
+from fastadvisor.runtime.cuda_graph import WARM_UP
 from fastadvisor.runtime.run_folder import check_writable
 from fastadvisor.runtime.timer import median
 from fastadvisor.runtime.watch import NonFiniteError
@@ -49,7 +50,7 @@ class DryRun:
 
 
 def rehearse(trainer: Trainer) -> DryRun:
-    """Take ten iterations (after a first, which warms up) and test once; the model is not to be used afterwards.
+    """Take ten iterations (after some that warm up) and test once; the model is not to be used afterwards.
 
     Raises:
         UserError: as a run would, so far, or the output folder could not be written.
@@ -59,8 +60,8 @@ def rehearse(trainer: Trainer) -> DryRun:
     tell(reporting.headline(config, trainer.data, trainer.device, "none (a dry run)", trainer.ranks.count))
     tell(f"Images of {trainer.loaders.size} pixels by the {trainer.loaders.name} loader ({trainer.loaders.why}).")
     memory.reset_peak(trainer.device)
-    interval = trainer.step.interval
-    times = iterate(trainer, ITERATIONS + interval)[interval:]
+    warm = trainer.step.interval * (1 if trainer.take is None else WARM_UP + 1)
+    times = iterate(trainer, ITERATIONS + warm)[warm:]
     began = time.perf_counter()
     trainer.test(trainer.loaders.test)
     testing = time.perf_counter() - began
@@ -92,7 +93,7 @@ def iterate(trainer: Trainer, count: int) -> list[float]:
         began = time.perf_counter()
         trainer.set_lr(stage, index)
         try:
-            trainer.step(*trainer.batches(stage))
+            trainer.iterate(*trainer.batches(stage))
             if trainer.step.watch is not None:
                 trainer.step.watch.settle()
         except NonFiniteError as error:

@@ -34,6 +34,7 @@ from fastadvisor.optimizers import WeightAverage
 from fastadvisor.progress import Progress
 from fastadvisor.runtime import checkpoint, memory
 from fastadvisor.runtime.console import note, tell
+from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
@@ -87,6 +88,8 @@ class Trainer:
         ranks.align(self.method)
         ranks.align(self.model)
         self.step = build_step(config, self.model, self.method, self.execution, shape)
+        records = config.cuda_graph == "on" or (config.cuda_graph == "auto" and device.type == "cuda")
+        self.take = self._recorded() if records else None
         self.average = None if config.ema_decay is None else WeightAverage(self.model.model, config.ema_decay)
         self.train_loader, self.meta_loader = self.loaders.train, self.loaders.meta
         self._check_batches_of_one(shape)
@@ -107,6 +110,21 @@ class Trainer:
         if ranks.count > 1:  # beside what all draw alike, each draws for its own images
             self.execution.common.split_off()
             seed_everything(config.seed + RANK_STRIDE * (ranks.rank + 1))
+
+    def _recorded(self) -> Graphed[StepResult]:
+        """Return what records iterations and replays them.
+
+        Raises:
+            UserError: this run's cannot be recorded, and --cuda-graph is on.
+        """
+        graphed: Graphed[StepResult] = Graphed(self.step, self.device, lambda sentence: note([sentence]))
+        if self.config.cuda_graph == "on" and graphed.reason is not None:
+            raise UserError(f"--cuda-graph on: iterations cannot be recorded, because {graphed.reason}; take auto.")
+        return graphed
+
+    def iterate(self, train: Batch, meta: Batch | None) -> StepResult:
+        """Take an iteration, by a CUDA graph where there is one."""
+        return self.step(train, meta) if self.take is None else self.take(train, meta)
 
     def _check_batches_of_one(self, shape: tuple[int, int]) -> None:
         """Find out before the first step, not in it, whether the model normalises over a single value."""
@@ -271,6 +289,8 @@ class Trainer:
                 self.step.optimizer.state.pop(parameter, None)
             if self.average is not None:
                 self.average.updates = 0  # it begins anew with the next weights
+        if self._entered is not None and self.take is not None:
+            self.take.reset()  # its graphs are of the stage before
         self._entered = current
 
     def _check_finite(self, loss: float) -> None:
@@ -288,10 +308,10 @@ class Trainer:
             UserError: they are not finite, and --nan-policy is stop.
         """
         if self.folder is None or self.config.nan_policy != "stop":
-            return self.step(train, meta)
+            return self.iterate(train, meta)
         self.recorder.begin(self, train, meta)
         with self._stopping():
-            return self.step(train, meta)
+            return self.iterate(train, meta)
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -451,6 +471,8 @@ class Trainer:
         with checkpoint.fitting(path):
             # Batches, and what all ranks draw alike, are the same for any number of ranks; what each draws alone begins anew.
             load_parts(state, path, self.parts(), self.own_parts(), self.ranks, drawn_alone=("random",))
+        if self.take is not None:
+            self.take.reset()  # its graphs have the addresses of what was there before
 
     def _save(self, *, best: bool = False) -> None:
         """Write ``last.pt``; with ``best`` also ``best.pt``, if the last epoch was the best one."""
@@ -479,6 +501,7 @@ class Trainer:
         return {
             **reporting.summary(self.config, self.data, self.history),
             "meta_gradient": self.meta_gradient(),
+            "cuda_graph": self.take is not None and self.take.reason is None,
             "loader": self.loaders.name,
             "image_size": self.loaders.size,
             "bad_images": self.loaders.bad_count(),

@@ -120,7 +120,7 @@ def test_a_step_is_timed_over_many_iterations_with_the_products_optimizer():
     cycle = step.make_cycle("exact", setting, step.Plan(batch_size=4, cycles=3))
     assert cycle.iterations == 3
     assert step.make_cycle("approx", setting, step.Plan(batch_size=4, cycles=3)).iterations == 6  # a meta step every second
-    assert step.GPU_CYCLES == 20
+    assert step.GPU_CYCLES > 1
     laid_out = contenders.Setting("resnet8", CPU, channels_last=True)
     weight = contenders.Parts.of(laid_out).model.model.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)

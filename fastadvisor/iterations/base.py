@@ -1,10 +1,10 @@
 """What the iterations share: one call takes one step of training, of whatever kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,16 +53,6 @@ class Iteration(ABC):
     def take(self, train: Batch, meta: Batch | None) -> StepResult:
         """Take the step; ``meta`` is None where no meta step is due."""
 
-    def capturable(self) -> str | None:
-        """Return why the iteration cannot be captured in a CUDA graph, as a clause; None if it can."""
-        if self.watch is not None and not self.watch.deferred:
-            return "the host reads in every iteration whether its numbers are finite"
-        if self.execution.scaler is not None:
-            return "the host moves the loss scale of float16"
-        if self.execution.ranks.count > 1:
-            return "its gradients travel between processes"
-        return None if self.meta_train is None else self.meta_train.capturable()
-
     def __call__(self, train: Batch, meta: Batch | None = None) -> StepResult:
         """Take one step on ``train``; ``meta`` is None where no meta step is due.
 
@@ -70,17 +60,30 @@ class Iteration(ABC):
             NonFiniteError: the watch found something, and does not skip.
         """
         self.iteration += 1
+        result = self.compute(train, meta)
+        self.finish()
+        return result
+
+    def compute(self, train: Batch, meta: Batch | None) -> StepResult:
+        """Do all of an iteration that happens on the device."""
         watch = self.watch
         kept = [*self.model.buffers(), *self.method.buffers()] if watch is not None and watch.skip else []
         before = [buffer.clone() for buffer in kept]
         result = self.take(train, meta)
-        self.execution.end_iteration()
-        if watch is not None:
-            watch.end_iteration(self.iteration)
         if result.skipped:  # the forward pass has moved the running statistics, and what the method notes of samples
             for buffer, value in zip(kept, before, strict=True):
                 buffer.copy_(value)
         return result
+
+    def finish(self) -> None:
+        """Do what an iteration leaves to the host.
+
+        Raises:
+            NonFiniteError: the watch found something in the iteration before.
+        """
+        self.execution.end_iteration()
+        if self.watch is not None:
+            self.watch.end_iteration(self.iteration)
 
     def due(self) -> tuple[str, ...]:
         """Return the names of the batches that the next iteration needs: train, and meta where it has a meta step."""
@@ -200,3 +203,49 @@ class Iteration(ABC):
     def interval(self) -> int:
         """Iterations from one meta step to the next."""
         return 1 if self.meta_train is None else self.meta_train.interval
+
+    # What a recorder of CUDA graphs asks (runtime/cuda_graph.py).
+
+    def capturable(self) -> str | None:
+        """Return why iterations cannot be recorded as a CUDA graph, as a clause; None if they can."""
+        if self.execution.ranks.count > 1:
+            return "several processes average their gradients"
+        if self.execution.scaler is not None:
+            return "the host reads whether float16 overflowed"
+        if self.watch is not None and not self.watch.deferred:
+            return f"the host reads whether the numbers are finite (--nan-policy {'skip' if self.watch.skip else 'stop'})"
+        for optimizer in self.optimizers():
+            if not all(group.get("fused") for group in optimizer.param_groups):
+                return f"{type(optimizer).__name__}, which is not torch's fused one, takes its learning rate from the host"
+        if self.model.compiled:
+            return "the model is compiled"
+        return None if self.engine is None else self.engine.capturable()
+
+    def graph_kind(self) -> Hashable | None:
+        """Return what, beside its batches, tells the next iteration's operations; None if the host reads something in it."""
+        return self.engine.graph_kind() if self.engine is not None and self.meta_is_due else ()
+
+    def count(self, by: int) -> None:
+        """Count ``by`` meta steps of a replayed graph."""
+        if by and self.engine is not None:
+            self.engine.count(by)
+
+    def leftovers(self) -> Any:
+        """Return the advice, and what the watch has looked at."""
+        advice = None if self.advice is None else (self.advice.beta, self.advice.outputs)
+        return advice, [] if self.watch is None else list(self.watch.looks)
+
+    def put_back(self, leftovers: Any) -> None:
+        """Leave them as :meth:`compute` would have."""
+        advice, looks = leftovers
+        self.advice = None if advice is None else Advice(beta=advice[0], **advice[1])
+        if self.watch is not None:
+            self.watch.looks = list(looks)
+
+    def tensors(self) -> list[Tensor]:
+        """Return weights and buffers of the classifier and the method."""
+        return [tensor for module in (self.model, self.method) for tensor in (*module.parameters(), *module.buffers())]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the classifier's and, if there is one, the advisor's."""
+        return [self.optimizer, *([] if self.advisor_optimizer is None else [self.advisor_optimizer])]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadvisor.loading.batch import Batch
-from fastadvisor.metagrad import Engine, LayerwiseEngine, MetaProblem, SharedForward, ValidatedEngine, VirtualStep
+from fastadvisor.metagrad import Engine, MetaProblem, SharedForward, VirtualStep
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
 from fastadvisor.runtime.state import Optimizer, Part
@@ -74,10 +74,5 @@ class MetaTrain:
         return {**own, "engine": self.engine}
 
     def capturable(self) -> str | None:
-        """Return why a meta step cannot be captured in a CUDA graph, as a clause; None if it can."""
-        engine = self.engine
-        if isinstance(engine, ValidatedEngine):
-            return "the host compares the meta-gradient with the exact one now and then (--validate-meta-every 0 spares that)"
-        if isinstance(engine, LayerwiseEngine):
-            return "the host chooses the layers of each meta step"
-        return None
+        """Return why an iteration with a meta step cannot be captured in a CUDA graph, as a clause; None if it can."""
+        return self.engine.capturable()

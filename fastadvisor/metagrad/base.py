@@ -4,6 +4,7 @@ Symbols are those of README.md in this folder.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,6 +82,17 @@ class Engine(ABC):
 
     def learn(self) -> None:  # noqa: B027 (most learn nothing)
         """Take the steps of :meth:`optimizers` by what the last meta-gradient has left, which is known to be finite."""
+
+    def capturable(self) -> str | None:
+        """Return why an iteration with a meta step cannot be recorded as a CUDA graph; None if it can."""
+        return None
+
+    def graph_kind(self) -> Hashable | None:
+        """Return what tells the next meta step's operations from others'; None if the host reads something in it."""
+        return ()
+
+    def count(self, by: int) -> None:  # noqa: B027 (most count nothing)
+        """Count ``by`` meta steps that a graph's replay has taken."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on as if nothing had happened."""

@@ -121,6 +121,10 @@ class LayerwiseEngine(Engine):
         way = "at random" if self.learned is None else "by learned samplers"
         return f"through {self.budget} of {len(self.layers)} layers, chosen {way}"
 
+    def capturable(self) -> str | None:
+        """Say that it cannot be recorded."""
+        return "the host chooses the layers of each meta step (--approx-layers random, learned)"
+
     def plan(self) -> Plan:
         """Choose the layers, and ask for the activation under the lowest."""
         with self.forward.execution.common.drawing():

@@ -4,7 +4,7 @@ Every N-th meta step computes the exact gradient beside the approximate one. Und
 once and runs exactly; at later checks the approximation is tried again, and takes over when it is back above the floor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,6 +82,18 @@ class ValidatedEngine(Engine):
     def learn(self) -> None:
         """Let the approximation learn."""
         self.approximate.learn()
+
+    def capturable(self) -> str | None:
+        """Return the reason of the engine that has one; None if neither has."""
+        return self.approximate.capturable() or self.exact.capturable()
+
+    def graph_kind(self) -> Hashable | None:
+        """Return which engine is in charge; None where a check is due, whose numbers the host reads."""
+        return None if self.meta_steps % self.every == 0 else self.falling_back
+
+    def count(self, by: int) -> None:
+        """Count meta steps."""
+        self.meta_steps += by
 
     def collect(self) -> dict[str, float]:
         """Return mean and smallest cosine and the mean norm ratio since the last call; nothing without a check."""

@@ -13,8 +13,8 @@ from fastadvisor.models import SplitClassifier
 class VirtualStep:
     """w' = w − α d, d = ∇w L: plain SGD; or with the optimizer's weight decay and momentum (Algorithm 1, Virtual-Train)."""
 
-    lr: float
-    """α; with layer-wise rates the largest."""
+    lr: float | Tensor
+    """α; with layer-wise rates the largest. A scalar on the device where an iteration is recorded as a CUDA graph."""
     optimizer: torch.optim.Optimizer | None = None
     """Given: d also holds its weight decay and its momentum buffers."""
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -30,10 +30,13 @@ class VirtualStep:
             with_optimizer: whether its weight decay and momentum take part.
         """
         groups = optimizer.param_groups
-        largest = max(group["lr"] for group in groups)
+        # In a graph rates are on the device, where nothing compares them: there the groups' fixed scales do.
+        key = "lr_scale" if isinstance(groups[0]["lr"], Tensor) else "lr"
+        top = max(groups, key=lambda group: group[key]) if len(groups) > 1 else groups[0]
+        largest = top["lr"]
         shares: dict[str, float] = {}
-        if len(groups) > 1 and largest:
-            of_parameter = {id(p): group["lr"] / largest for group in groups for p in group["params"]}
+        if len(groups) > 1 and top[key]:
+            of_parameter = {id(p): group[key] / top[key] for group in groups for p in group["params"]}
             shares = {name: of_parameter[id(p)] for name, p in model.part_parameters().items()}
         return cls(largest, optimizer if with_optimizer else None, shares)
 
@@ -52,7 +55,11 @@ class VirtualStep:
                 known = [torch.zeros_like(w) if buffer is None else buffer for w, buffer in zip(weights, buffers, strict=True)]
                 directions = torch._foreach_add(list(directions), known, alpha=group["momentum"])
         directions = tuple(self.scaled(dict(zip(parameters, directions, strict=True))).values())
-        return dict(zip(parameters, torch._foreach_add(weights, list(directions), alpha=-self.lr), strict=True))
+        if isinstance(self.lr, Tensor):
+            moved = torch._foreach_sub(weights, torch._foreach_mul(list(directions), self.lr))
+        else:
+            moved = torch._foreach_add(weights, list(directions), alpha=-self.lr)
+        return dict(zip(parameters, moved, strict=True))
 
     def scaled(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``direction`` times the layers' shares of the rate."""

@@ -69,7 +69,7 @@ class Watch:
     deferred: bool = False
     _bad: Tensor | None = None
     """1.0 on the device once anything was not finite, else 0.0."""
-    _looks: list[_Peaks] = field(default_factory=list)
+    looks: list[_Peaks] = field(default_factory=list)
     """Of this iteration."""
     _pending: "deque[_Pending]" = field(default_factory=deque)
     """Iterations whose flag has not been read."""
@@ -83,8 +83,10 @@ class Watch:
         peaks = _Peaks.of({**values, **(gradients if self.gradients else {})})
         bad = self.ranks.any(~peaks.values.isfinite().all())
         if self.deferred:
-            self._looks.append(peaks)
-            self._bad = bad.float() if self._bad is None else torch.maximum(self._bad, bad.float())
+            self.looks.append(peaks)
+            if self._bad is None:
+                self._bad = torch.zeros((), device=bad.device)
+            torch.maximum(self._bad, bad.float(), out=self._bad)  # in place, for a recorded iteration reads it there, too
             return True
         if not bool(bad):
             return True
@@ -106,8 +108,8 @@ class Watch:
         """
         if not self.deferred or self._bad is None:
             return
-        self._pending.append(_Pending.of(number, self._bad, self._looks))
-        self._looks = []
+        self._pending.append(_Pending.of(number, self._bad, self.looks))
+        self.looks = []
         while len(self._pending) > 1:
             self._read(self._pending.popleft())
 
@@ -117,33 +119,37 @@ class Watch:
             self._read(self._pending.popleft())
 
     def _read(self, pending: "_Pending") -> None:
-        if not pending.is_bad():
+        numbers = pending.read()
+        if not numbers[0]:
             return
         self._pending.clear()
-        names = (look.first_bad() for look in pending.looks)
-        raise NonFiniteError(next((name for name in names if name is not None), OTHERS), pending.number)
+        bad = (name for name, peak in zip(pending.names, numbers[1:], strict=True) if not abs(peak) < float("inf"))
+        raise NonFiniteError(next(bad, OTHERS), pending.number)
 
 
 class _Pending(NamedTuple):
-    """What is to be read of an iteration."""
+    """What is to be read of an iteration: copied at its end, for the next one may write where it lay."""
 
     number: int
-    flag: Tensor
-    """On the host, once ``ready`` has happened."""
+    names: list[str]
+    """Of what was looked at."""
+    values: Tensor
+    """The flag, and then the peaks; on the host, once ``ready`` has happened."""
     ready: "torch.cuda.Event | None"
-    looks: list[_Peaks]
 
     @classmethod
     def of(cls, number: int, flag: Tensor, looks: list[_Peaks]) -> "_Pending":
-        if flag.device.type != "cuda":
-            return cls(number, flag.clone(), None, looks)
-        host = torch.empty((), dtype=flag.dtype, pin_memory=True)
-        host.copy_(flag, non_blocking=True)
+        names = [name for look in looks for name in look.names]
+        values = torch.cat([flag[None], *(look.values for look in looks)])
+        if values.device.type != "cuda":
+            return cls(number, names, values, None)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return cls(number, host, ready, looks)
+        return cls(number, names, host, ready)
 
-    def is_bad(self) -> bool:
+    def read(self) -> list[float]:
         if self.ready is not None:
             self.ready.synchronize()  # of an iteration ago: another one is under way meanwhile
-        return bool(self.flag)
+        return self.values.tolist()

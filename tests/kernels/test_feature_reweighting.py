@@ -96,7 +96,8 @@ def test_in_place_is_the_same(shape, dtype):
 @pytest.mark.parametrize("view", [lambda t: t.flatten(1), lambda t: t.squeeze(-1).squeeze(-1), lambda t: t[:, 1:, 0, 0]])
 def test_in_place_on_a_view(view, name):
     """Pooled features are one: (B, D, 1, 1) flattened."""
-    pooled = make((5, 7, 1, 1), torch.float32)[0].requires_grad_()
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels are not interpreted
+    pooled = make((5, 7, 1, 1), torch.float32)[0].to(device).requires_grad_()
     u = torch.randn_like(view(pooled)).requires_grad_()
     with backend(name):
         h = reweight_features(view(pooled * 1), u, inplace=True)
