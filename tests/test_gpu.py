@@ -32,8 +32,7 @@ QUIET = {"progress": False, "tensorboard": False, "device": "cuda", "cuda_graph"
 @pytest.mark.parametrize("method", ["mfrw", "mes", "mfrw-mes", "mw-net", "l2rw"])
 def test_forward_equals_double_backward(method):
     task = problem(method)
-    if task.method.advisor is not None:
-        task.method.advisor.to("cuda")
+    task.method.to("cuda")
     task = Problem(
         task.model.to("cuda"),
         task.method,

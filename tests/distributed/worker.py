@@ -65,6 +65,7 @@ CASES = {
     "mw-net, weights that sum to 1": ({"method": "mw-net", "weight_normalization": "sum"}, exact, {}),
     "mw-net, sum, attached": ({"method": "mw-net", "weight_normalization": "sum"}, exact, {"attached": True}),
     "l2rw": ({"method": "l2rw"}, exact, {}),
+    "elr": ({"method": "elr"}, exact, {}),
     "mfrw, clipped": ({"method": "mfrw"}, exact, {"clip": 0.05}),
     "mfrw, layer-wise rates": ({"method": "mfrw"}, exact, {}),
 }
@@ -106,7 +107,7 @@ def train(case, ranks, kind):
         result = step(whole, meta if task.method.learns else None)
         (loss,) = ranks.average([result.loss])
         losses.append(loss)
-    left = [*task.model.state_dict().values(), *([] if task.method.advisor is None else task.method.advisor.parameters())]
+    left = [*task.model.state_dict().values(), *task.method.state_dict().values()]
     if isinstance(step.engine, LayerwiseEngine) and step.engine.learned is not None:
         left += list(step.engine.learned.samplers.parameters())
     return torch.cat([*(value.detach().double().flatten() for value in left), torch.stack(losses)])

@@ -13,8 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 
 def on_device(task):
-    if task.method.advisor is not None:
-        task.method.advisor.to(DEVICE)
+    task.method.to(DEVICE)
     train, meta = (type(batch)(*(part.to(DEVICE) for part in batch)) for batch in (task.train, task.meta))
     return Problem(task.model.to(DEVICE), task.method, train, meta)
 
