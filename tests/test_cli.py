@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def calls(monkeypatch):
         "comparison": SimpleNamespace(compare_config=seen.append),
         "evaluation": SimpleNamespace(evaluate_run=evaluate_run),
     }
+    importlib.import_module("fastadvisor.trainer")  # with the real modules, before the others take their place
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, f"fastadvisor.{name}", module)
     return seen

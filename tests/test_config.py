@@ -119,9 +119,9 @@ def test_to_dict_survives_yaml():
 def test_every_field_has_a_help_text_under_it():
     import inspect
 
-    from fastadvisor import config
+    from fastadvisor.config import settings
 
-    source = inspect.getsource(config)
+    source = inspect.getsource(settings)
     for field in dataclasses.fields(CompareConfig):
         line = source.split(f"\n    {field.name}: ")[1].split("\n")[1]
         assert line.strip().startswith('"""'), field.name
