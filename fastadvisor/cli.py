@@ -316,6 +316,8 @@ def parse_config(kind: type[C], command: str, description: str, args: list[str])
     check_switches(rest, switches)
     chosen = {name: value for name in DECIDE_DEFAULTS if (value := getattr(known, name)) is not None}
     base = config.resolve(kind, known.config, **{name: value for name, value in chosen.items() if value != "None"})
+    if any(arg.partition("=")[0] == "--epochs" for arg in rest) and base.iterations is not None:
+        base = dataclasses.replace(base, iterations=None)  # a flag wins over the file; --iterations wins over --epochs
     rest += [part for name, value in chosen.items() for part in (f"--{name}", value)]  # typed and checked with the others
     return config.validated(kind, dataclasses.asdict(parse_flags(kind, base, command, description, rest)))
 

@@ -5,7 +5,7 @@ import yaml
 
 from fastadvisor import recipes
 from fastadvisor.cli import parse_config
-from fastadvisor.config import CompareConfig, Config, read_layer, resolve, to_dict, validated
+from fastadvisor.config import CompareConfig, Config, configured, read_layer, resolve, to_dict, validated
 from fastadvisor.errors import UserError, nearest
 
 
@@ -142,3 +142,14 @@ def test_labels_from_a_file_replace_the_recipes_noise():
     resolved = resolve(Config, labels="labels.npy")
     assert (resolved.noise, resolved.noise_rate) == ("none", 0.0)
     assert resolve(Config, labels="labels.npy", noise="flip").noise == "flip"  # prepare() refuses this one
+
+
+def test_a_length_in_epochs_undoes_the_iterations_of_the_layers_below(layer):
+    assert resolve(Config, "cifar-lt-augmented").iterations == 13_000
+    assert resolve(Config, "cifar-lt-augmented", epochs=5).iterations is None
+    both = resolve(Config, "cifar-lt-augmented", epochs=5, iterations=9)  # in one layer
+    assert (both.epochs, both.iterations) == (5, 9)
+    run = layer("iterations: 9\nepochs: 2\n")  # as a run writes them
+    assert resolve(Config, run).iterations == 9
+    assert (resolve(Config, run, epochs=4).epochs, resolve(Config, run, epochs=4).iterations) == (4, None)
+    assert configured(Config, resolve(Config, run), {"epochs": 4}).iterations is None

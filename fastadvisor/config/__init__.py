@@ -8,7 +8,7 @@ Layers, later ones win: the defaults below, the data set's recipe (``recipes/<da
 named by ``config``, flags or keywords.
 """
 
-from fastadvisor.config.layers import check_keys, configured, read_layer, resolve, to_dict, validated, without_noise
+from fastadvisor.config.layers import check_keys, completed, configured, read_layer, resolve, to_dict, validated
 from fastadvisor.config.paths import LISTS, PATHS, absolute, local, moved
 from fastadvisor.config.settings import (
     CheckConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "RunConfig",
     "absolute",
     "check_keys",
+    "completed",
     "configured",
     "local",
     "moved",
@@ -45,5 +46,4 @@ __all__ = [
     "resolve",
     "to_dict",
     "validated",
-    "without_noise",
 ]

@@ -74,7 +74,7 @@ def resolve(kind: type[C], config: str | os.PathLike[str] | None = None, /, orig
     layer = moved(layer, overrides.get("data_root"))
     dataset = overrides.get("dataset", layer.get("dataset", DataConfig.dataset))
     base = read_layer(dataset) if dataset in recipes.names() else {}
-    values = {**base, **without_noise(layer), **without_noise(overrides)}
+    values = {**base, **completed(layer), **completed(overrides)}
     return validated(kind, values, origin if config is None else f" (from {config})")
 
 
@@ -88,14 +88,23 @@ def configured(kind: type[C], config: str | os.PathLike[str] | Config | None, se
         return resolve(kind, config, **settings)
     check_keys(kind, settings, "")
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return validated(kind, {**values, **without_noise(settings)})
+    return validated(kind, {**values, **completed(settings)})
 
 
-def without_noise(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``layer``; where it turns noise off, or brings labels in its place, with the rate of the layers below undone."""
+def completed(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``layer`` and what it implies for the layers below it.
+
+    Where it turns noise off, or brings labels in its place, their rate of noise is undone. Where it gives the length of the run
+    in epochs, their ``iterations``, which would win, are undone.
+    """
+    implied: dict[str, Any] = {}
     if layer.get("labels") is not None and "noise" not in layer:
-        return {"noise": "none", "noise_rate": 0.0, **layer}
-    return {"noise_rate": 0.0, **layer} if layer.get("noise") == "none" else dict(layer)
+        implied = {"noise": "none", "noise_rate": 0.0}
+    elif layer.get("noise") == "none":
+        implied = {"noise_rate": 0.0}
+    if "epochs" in layer:
+        implied["iterations"] = None
+    return {**implied, **layer}
 
 
 def check_keys(kind: type[Config], layer: Mapping[Any, Any], origin: str) -> None:
