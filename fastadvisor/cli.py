@@ -310,7 +310,7 @@ def parse_config(kind: type[C], command: str, description: str, args: list[str])
         pre.add_argument(f"--{name}")
     known, rest = pre.parse_known_args(args)
     rest = with_resume(rest)
-    switches = [field.name for field in dataclasses.fields(kind) if field.type is bool]
+    switches = [setting.name for setting in config.settings_of(kind).values() if setting.is_switch]
     names = [field.name for field in dataclasses.fields(kind)] + [f"no_{name}" for name in switches]
     check_flags(rest, ["--help", "--config", *(f"--{name.replace('_', '-')}" for name in names)])
     check_switches(rest, switches)

@@ -5,6 +5,7 @@ keywords.
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -16,8 +17,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fastadvisor import recipes
+from fastadvisor.config.data import DataConfig
+from fastadvisor.config.near_misses import near_miss
 from fastadvisor.config.paths import PATHS, local, moved
-from fastadvisor.config.settings import Config, DataConfig
+from fastadvisor.config.registry import complete
+from fastadvisor.config.settings import Config
 from fastadvisor.errors import UserError, nearest
 
 C = TypeVar("C", bound=Config)
@@ -74,8 +78,10 @@ def resolve(kind: type[C], config: str | os.PathLike[str] | None = None, /, orig
     layer = moved(layer, overrides.get("data_root"))
     dataset = overrides.get("dataset", layer.get("dataset", DataConfig.dataset))
     base = read_layer(dataset) if dataset in recipes.names() else {}
-    values = {**base, **completed(layer), **completed(overrides)}
-    return validated(kind, values, origin if config is None else f" (from {config})")
+    values, origins = {**base, **completed(layer), **completed(overrides)}, {}
+    for settings, named in ((base, f" (from {dataset})"), (layer, f" (from {config})"), (overrides, origin)):
+        origins.update(dict.fromkeys(settings, named))
+    return validated(kind, values, origins)
 
 
 def configured(kind: type[C], config: str | os.PathLike[str] | Config | None, settings: Mapping[str, Any]) -> C:
@@ -109,15 +115,23 @@ def completed(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_keys(kind: type[Config], layer: Mapping[Any, Any], origin: str) -> None:
     """Raise a UserError that names the nearest key if ``layer`` holds one that ``kind`` does not have."""
-    known = [field.name for field in fields(kind)]
+    known = [field.name for field in fields(complete(kind))]
     for key in layer:
-        if key not in known:
-            near = nearest(str(key).replace("-", "_"), known)
-            raise UserError(f"Unknown key {str(key)!r}{origin}.{near} 'fastadvisor train --help' lists them all.")
+        if key in known:
+            continue
+        if (answer := near_miss(str(key), known)) is not None:
+            raise UserError(f"Unknown key {str(key)!r}{origin}: {answer}")
+        near = nearest(str(key).replace("-", "_"), known)
+        raise UserError(f"Unknown key {str(key)!r}{origin}.{near} 'fastadvisor train --help-all' lists them all.")
 
 
-def validated(kind: type[C], values: Mapping[str, Any], origin: str = "") -> C:
-    """Return ``kind`` with ``values``, checked against the types and ranges above.
+def validated(kind: type[C], values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> C:
+    """Return ``kind`` with ``values``, checked against the types and ranges that it declares.
+
+    Args:
+        kind: ``Config``, ``CompareConfig`` or ``CheckConfig``.
+        values: by name; what is missing has its default.
+        origins: by name, what follows a value in a message, as " (from mine.yaml)".
 
     Raises:
         UserError: the first value of the wrong type or out of range.
@@ -125,18 +139,25 @@ def validated(kind: type[C], values: Mapping[str, Any], origin: str = "") -> C:
     values = {
         key: local(value) if key in PATHS and isinstance(value, str | os.PathLike) else value for key, value in values.items()
     }
+    origins = origins or {}
     try:
-        checked = TypeAdapter(kind).validate_python(values)
+        checked: C = _adapter(complete(kind)).validate_python(values)  # type: ignore[arg-type]  # as in registry.py
     except ValidationError as error:
         first = error.errors()[0]
         key, message = ".".join(str(part) for part in first["loc"][:1]), first["msg"]
         reason = message[0].lower() + message[1:]
         allowed = re.findall(r"'(.*?)'", reason) if first["type"] == "literal_error" else []
-        raise UserError(f"{key} = {values.get(key)!r}{origin}: {reason}.{nearest(str(values.get(key)), allowed)}") from None
+        near = nearest(str(values.get(key)), allowed)
+        raise UserError(f"{key} = {values.get(key)!r}{origins.get(key, '')}: {reason}.{near}") from None
     for key, value in values.items():
         if isinstance(value, bool) and not isinstance(getattr(checked, key), bool):  # YAML's yes and on would count as 1
-            raise UserError(f"{key} = {value!r}{origin}: input should be a number.")
+            raise UserError(f"{key} = {value!r}{origins.get(key, '')}: input should be a number.")
     return checked
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
