@@ -190,12 +190,14 @@ class Settings:
 
 
 @pytest.fixture
-def focus(monkeypatch):
+def focus():
     """A method that registers itself."""
-    monkeypatch.setattr(registry, "_SETTINGS", dict(registry._SETTINGS))
+    before = dict(registry._SETTINGS)
     register_method("focus", Settings)
     yield
-    registry._completed.cache_clear()
+    registry._SETTINGS.clear()
+    for name, settings in before.items():
+        register_method(name, *settings)
 
 
 def test_a_method_brings_its_own_settings(focus, layer):

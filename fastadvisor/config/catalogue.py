@@ -69,9 +69,9 @@ class Setting:
             return None
         if bool in self.alternatives and text in ("True", "False"):
             return text == "True"
-        kinds = get_args(next(one for one in self.alternatives if get_origin(one) is tuple)) if self.is_list else ()
-        for number in (int, float):
-            if number in self.alternatives or any(number in alternatives(kind) for kind in kinds):
+        kinds = [kind for one in self.alternatives for kind in (one, *get_args(one))]
+        if {int, float} & {plain for kind in kinds for plain in alternatives(kind) if isinstance(plain, type)}:
+            for number in (int, float):
                 try:
                     return number(text)
                 except ValueError:

@@ -78,10 +78,12 @@ def resolve(kind: type[C], config: str | os.PathLike[str] | None = None, /, orig
     layer = moved(layer, overrides.get("data_root"))
     dataset = overrides.get("dataset", layer.get("dataset", DataConfig.dataset))
     base = read_layer(dataset) if dataset in recipes.names() else {}
-    values, origins = {**base, **completed(layer), **completed(overrides)}, {}
-    for settings, named in ((base, f" (from {dataset})"), (layer, f" (from {config})"), (overrides, origin)):
-        origins.update(dict.fromkeys(settings, named))
-    return validated(kind, values, origins)
+    below, origins = {**base, **completed(layer)}, dict.fromkeys(base, f" (from {dataset})")
+    origins.update(dict.fromkeys(layer, f" (from {config})"))
+    if layer:
+        validated(kind, below, origins)  # a mistake in a file is one where a flag wins over it, too
+    origins.update(dict.fromkeys(overrides, origin))
+    return validated(kind, {**below, **completed(overrides)}, origins)
 
 
 def configured(kind: type[C], config: str | os.PathLike[str] | Config | None, settings: Mapping[str, Any]) -> C:

@@ -33,6 +33,7 @@ def register_method(name: str, *settings: type) -> None:
                     raise TypeError(f"The setting {field.name} of {name} has another type or default than that of {other}.")
     _SETTINGS[name] = settings
     _completed.cache_clear()
+    _of_methods.cache_clear()
 
 
 def registered_methods() -> tuple[str, ...]:
@@ -76,6 +77,7 @@ def select(kind: type[S], config: object) -> S:
     return kind(**{name: getattr(config, name) for name in names if hasattr(config, name)})
 
 
+@functools.cache
 def _of_methods() -> dict[str, dict[str, tuple[str, Any]]]:
     """By setting and method: type, in words, and default."""
     found: dict[str, dict[str, tuple[str, Any]]] = {}

@@ -39,7 +39,7 @@ class DeviceConfig:
     TITLE: ClassVar = "Device and precision"
 
     device: Annotated[Literal["auto", "cpu", "cuda"], ESSENTIAL] = "auto"
-    """Device."""
+    """Where to compute; auto: on a GPU where there is one."""
     amp: Annotated[bool, ESSENTIAL] = False
     """Mixed precision: forward passes of the classifier by autocast; losses, advisor and statistics stay in float32."""
     amp_dtype: Annotated[Literal["auto", "bfloat16", "float16"], Only(amp=True)] = "auto"
