@@ -238,6 +238,26 @@ def test_help_of_a_command(capsys, calls, command):
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ("raise --max-bad-fraction", "raise max_bad_fraction in a/config.yaml"),
+        ("check --labels.", "check labels in a/config.yaml."),  # at the end of a sentence
+        ("--labels, --noise; (--lr)", "labels in a/config.yaml, noise in a/config.yaml; (lr in a/config.yaml)"),
+        ("name it with --data-root, or --device cpu.", "name it with --data-root, or --device cpu."),  # its own
+        ("there is no runs--lr/x, x/--lr or --lr.txt", "there is no runs--lr/x, x/--lr or --lr.txt"),
+        ("go on: 'fastadvisor train --resume'.", "go on: 'fastadvisor train --resume'."),
+        ("add --strange", "add --strange"),
+    ],
+)
+def test_a_command_names_settings_of_its_run_by_their_line_in_the_file(capsys, calls, monkeypatch, said, heard):
+    def fail(run, **flags):
+        raise UserError(said)
+
+    monkeypatch.setattr(sys.modules["fastadvisor.evaluation"], "evaluate_run", fail)
+    assert refused(capsys, "evaluate", "a") == f"fastadvisor: error: {heard}\n"
+
+
 def test_help_without_a_command(capsys):
     for args in ([], ["--help"], ["-h"]):
         assert cli.main(args) == 0
