@@ -5,21 +5,18 @@ as one sentence on stderr, exit status 2. Heavy modules (torch) are imported by 
 mistyped flag answer at once.
 """
 
-import argparse
-import contextlib
-import dataclasses
 import errno
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastadvisor import config, recipes
-from fastadvisor.cli.flags import parse_config, refuse_flag
+from fastadvisor.cli.flags import parse_config
+from fastadvisor.cli.parser import Parser, speaking_of
 from fastadvisor.config import local
 from fastadvisor.errors import Interrupted, UserError, nearest, too_many_open_files
 from fastadvisor.runtime import console
@@ -45,28 +42,6 @@ commands:
 'fastadvisor COMMAND --help' lists a command's flags ('fastadvisor train --help-all' all of them);
 'fastadvisor --version' prints the version.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one sentence instead of the usage and a message."""
-
-    def __init__(self, prog: str, description: str = "", add_help: bool = True) -> None:
-        super().__init__(prog=prog, description=description, add_help=add_help, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message as a UserError."""
-        raise UserError(f"{message[0].upper()}{message[1:]}; see '{self.prog} --help'.")
-
-    def parse_all(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse ``args``; what is left over raises a UserError that names the nearest flag."""
-        values, left = self.parse_known_args(args)
-        for word in left:
-            if word.startswith("--") and word != "--":
-                own = [flag[2:].replace("-", "_") for flag in self._option_string_actions if flag.startswith("--")]
-                refuse_flag(word.partition("=")[0], own, self.prog.removeprefix("fastadvisor "))
-        if left:
-            raise UserError(f"Unexpected argument {left[0]!r}; see '{self.prog} --help'.")
-        return values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -275,28 +250,6 @@ def run_env(args: list[str]) -> None:
     print(table((name, "none" if value is None else str(value)) for name, value in environment().items()))
     print("\noptional parts")
     print(table((name, "active" if active else "inactive", why) for name, active, why in optional_parts()))
-
-
-@contextlib.contextmanager
-def speaking_of(parser: Parser, run: str) -> Iterator[None]:
-    """Let messages of the block name no flag that the command lacks: a setting of a run is a line of its config.yaml."""
-    own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config.Config)}
-    file = os.path.join(run, "config.yaml")
-
-    def named(match: re.Match[str]) -> str:
-        flag = match[0]
-        return flag if flag in own or flag not in known else f"{flag[2:].replace('-', '_')} in {file}"
-
-    try:
-        yield
-    except UserError as error:
-        parts = re.split(r"(\(fastadvisor [^)]*\)|'fastadvisor [^']*')", str(error))  # commands, which have flags of their own
-        raise UserError(
-            "".join(
-                p if at % 2 else re.sub(r"(?<![\w/.-])--[a-z][a-z0-9-]*(?![\w/]|\.\w)", named, p) for at, p in enumerate(parts)
-            )
-        ) from None
 
 
 def recipe_rows() -> list[tuple[str, str]]:
