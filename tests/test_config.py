@@ -133,6 +133,11 @@ def test_values_have_their_types(layer):
     assert isinstance(got.milestones[1], float)
 
 
+@pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto")])
+def test_the_words_on_and_off_may_stand_bare_in_a_file(layer, word, value):
+    assert resolve(Config, layer(f"cuda_graph: {word}\n")).cuda_graph == value
+
+
 def test_no_amp_beats_the_file(layer):
     path = layer("amp: true\n")
     assert resolve(Config, path).amp

@@ -17,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fastadvisor import recipes
+from fastadvisor.config.catalogue import settings_of
 from fastadvisor.config.data import DataConfig
 from fastadvisor.config.near_misses import near_miss
 from fastadvisor.config.paths import PATHS, local, moved
@@ -142,6 +143,9 @@ def validated(kind: type[C], values: Mapping[str, Any], origins: Mapping[str, st
         key: local(value) if key in PATHS and isinstance(value, str | os.PathLike) else value for key, value in values.items()
     }
     origins = origins or {}
+    for setting in settings_of(kind).values():  # YAML takes the words on and off for True and False
+        if isinstance(values.get(setting.name), bool) and {"on", "off"} <= set(setting.choices):
+            values[setting.name] = "on" if values[setting.name] else "off"
     try:
         checked: C = _adapter(complete(kind)).validate_python(values)  # type: ignore[arg-type]  # as in registry.py
     except ValidationError as error:
