@@ -17,10 +17,10 @@ from fastadvisor.data.types import Batch
 from fastadvisor.metagrad import Engine, ForwardEngine, ReferenceEngine, build_engine, meta_schedule
 from fastadvisor.methods import METHODS, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model
-from fastadvisor.optimizers import build_optimizer, parameter_groups
 from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step, StepResult
+from fastadvisor.training.optimizers import build_optimizer, parameter_groups
 
 SIDE, CLASSES = 32, 10
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ from fastadvisor.config import Config
 from fastadvisor.metagrad import Engine, ForwardEngine, build_engine, meta_schedule
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
-from fastadvisor.optimizers import TORCH, build_optimizer, parameter_groups
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step
+from fastadvisor.training.optimizers import TORCH, build_optimizer, parameter_groups
 from fastadvisor.watch import Watch
 
 

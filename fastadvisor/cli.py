@@ -149,9 +149,9 @@ def dispatch(args: list[str]) -> int:
 def run_train(args: list[str]) -> None:
     """``fastadvisor train``."""
     settings = parse_config(config.Config, "train", "Train one classifier.", args)
-    from fastadvisor.launch import train_config
-    from fastadvisor.reporting import finished
+    from fastadvisor.commands.train import train_config
     from fastadvisor.trainer import TrainResult
+    from fastadvisor.training.messages import finished
 
     result = train_config(settings)
     if not settings.progress and int(os.environ.get("RANK", "0")) == 0:  # else the run has said so itself
@@ -161,12 +161,12 @@ def run_train(args: list[str]) -> None:
 def run_compare(args: list[str]) -> None:
     """``fastadvisor compare``."""
     settings = parse_config(config.CompareConfig, "compare", "Train with several methods and print a table.", args)
-    from fastadvisor import comparison
-    from fastadvisor.comparison import compare_config
+    from fastadvisor.commands import compare
+    from fastadvisor.commands.compare import compare_config
 
     result = compare_config(settings)
     if not settings.progress:
-        print(comparison.table(result["rows"]))
+        print(compare.table(result["rows"]))
 
 
 def run_evaluate(args: list[str]) -> None:
@@ -178,7 +178,7 @@ def run_evaluate(args: list[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
-    from fastadvisor.evaluation import evaluate_run
+    from fastadvisor.training.evaluation import evaluate_run
 
     with speaking_of(parser, flags.run):
         result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
@@ -198,7 +198,7 @@ def run_export(args: list[str]) -> None:
     parser.add_argument("--checkpoint", choices=("model", "best", "last"), default="model", help="weights (default: model)")
     parser.add_argument("--data-root", metavar="DIR", type=local, help="folder of the data set, if it has moved since")
     flags = parser.parse_all(args)
-    from fastadvisor.exporter import export_run
+    from fastadvisor.commands.export import export_run
 
     formats = [name.strip() for name in flags.formats.split(",") if name.strip()]
     settings = {"output": flags.output, "formats": formats, "checkpoint": flags.checkpoint, "data_root": flags.data_root}
@@ -218,7 +218,7 @@ def run_replay(args: list[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
-    from fastadvisor.replay import replay
+    from fastadvisor.training.replay_record import replay
 
     with speaking_of(parser, flags.run):
         result = replay(flags.run, device=flags.device)

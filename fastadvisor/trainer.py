@@ -15,18 +15,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastadvisor import replay, reporting
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config
 from fastadvisor.data import Batch, EvaluationLoader, Loader, TrainingData, build_loaders
 from fastadvisor.errors import Interrupted, UserError
-from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.metagrad import ValidatedEngine
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
-from fastadvisor.optimizers import WeightAverage, load_state
-from fastadvisor.progress import Progress
 from fastadvisor.runtime import checkpoint, memory
 from fastadvisor.runtime.console import note, tell
 from fastadvisor.runtime.cuda_graph import Graphed
@@ -38,8 +34,12 @@ from fastadvisor.runtime.precision import amp_dtype, memory_format, use_tf32
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.timer import StepTimer, median
-from fastadvisor.schedule import PhaseEpochs, at, divide, learning_rate
 from fastadvisor.step import StepResult
+from fastadvisor.training import messages, replay_record
+from fastadvisor.training.epoch import Progress
+from fastadvisor.training.evaluation import Accuracy, accuracy
+from fastadvisor.training.optimizers import WeightAverage, load_state
+from fastadvisor.training.schedule import PhaseEpochs, at, divide, learning_rate
 from fastadvisor.watch import Collapse, NonFiniteError
 
 KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}
@@ -100,7 +100,7 @@ class Trainer:
         self.progress = Progress(device)
         self.history: list[dict[str, Any]] = []
         self.collapse = Collapse()
-        self.recorder = replay.Recorder()
+        self.recorder = replay_record.Recorder()
         self.interruption = Interruption()
         self.clock = SaveClock(self.interruption, config.save_minutes, config.save_every, ranks)
         self.folder: RunFolder | None = None
@@ -159,7 +159,7 @@ class Trainer:
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
         hidden = None if config.progress and first else True
         events = folder.path if config.tensorboard and first else None
-        tell(reporting.headline(config, self.data, self.device, folder.path, self.ranks.count))
+        tell(messages.headline(config, self.data, self.device, folder.path, self.ranks.count))
         tell(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
         self.report_bad_images()
         done = self.epoch * steps + self.progress.step
@@ -176,7 +176,7 @@ class Trainer:
                     folder.append_metrics(record)
                     board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
                 self._save(best=True)
-                tell(reporting.epoch_line(record, config.epochs))
+                tell(messages.epoch_line(record, config.epochs))
             self.clock.settle()
         return self._finish(folder)
 
@@ -187,7 +187,7 @@ class Trainer:
         if self.ranks.first:
             folder.write_summary(summary)
             checkpoint.write(folder.model, model.state_dict())
-        tell(reporting.finished(summary, folder.path))
+        tell(messages.finished(summary, folder.path))
         return TrainResult(summary, folder.path, model.eval())
 
     def report_bad_images(self) -> None:
@@ -478,7 +478,7 @@ class Trainer:
         state = self.state()
         if self.ranks.first and self.folder is not None:
             # The best first: were it second, a process killed between the two would go on without ever writing it.
-            if best and reporting.best_epoch(self.history) is self.history[-1]:
+            if best and messages.best_epoch(self.history) is self.history[-1]:
                 checkpoint.save(self.folder.best, state)
             self.folder.save_last(state, self.config.keep, self.step.iteration)
         self.clock.saved()
@@ -493,7 +493,7 @@ class Trainer:
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds, all of it measured."""
         return {
-            **reporting.summary(self.config, self.data, self.history),
+            **messages.summary(self.config, self.data, self.history),
             "meta_gradient": self.meta_gradient(),
             "cuda_graph": self.take is not None and self.take.reason is None,
             "loader": self.loaders.name,

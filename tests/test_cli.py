@@ -27,9 +27,9 @@ def calls(monkeypatch):
         return result
 
     fakes = {
-        "launch": SimpleNamespace(train_config=seen.append),
-        "comparison": SimpleNamespace(compare_config=seen.append),
-        "evaluation": SimpleNamespace(evaluate_run=evaluate_run),
+        "commands.train": SimpleNamespace(train_config=seen.append),
+        "commands.compare": SimpleNamespace(compare_config=seen.append),
+        "training.evaluation": SimpleNamespace(evaluate_run=evaluate_run),
     }
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, f"fastadvisor.{name}", module)
@@ -125,7 +125,7 @@ def test_a_user_error_while_training_is_one_sentence(capsys, calls, monkeypatch)
     def fail(settings):
         raise UserError("No folder x; name one.")
 
-    monkeypatch.setattr(sys.modules["fastadvisor.launch"], "train_config", fail)
+    monkeypatch.setattr(sys.modules["fastadvisor.commands.train"], "train_config", fail)
     assert refused(capsys, "train") == "fastadvisor: error: No folder x; name one.\n"
 
 
@@ -133,7 +133,7 @@ def test_our_own_mistakes_keep_their_traceback(calls, monkeypatch):
     def fail(settings):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["fastadvisor.launch"], "train_config", fail)
+    monkeypatch.setattr(sys.modules["fastadvisor.commands.train"], "train_config", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 
@@ -142,7 +142,7 @@ def test_interrupt(capsys, calls, monkeypatch):
     def interrupt(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fastadvisor.launch"], "train_config", interrupt)
+    monkeypatch.setattr(sys.modules["fastadvisor.commands.train"], "train_config", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "fastadvisor: interrupted.\n"
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastadvisor.data import ArrayImages, Split, TrainingData
 from fastadvisor.data.loaders.resident import ResidentEvaluation
-from fastadvisor.evaluation import accuracy, many_medium_few
+from fastadvisor.training.evaluation import accuracy, many_medium_few
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

@@ -9,7 +9,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastadvisor import cli, launch, rehearsal, trainer
+from fastadvisor import cli, trainer
+from fastadvisor.commands import dry_run
+from fastadvisor.commands import train as train_command
 from fastadvisor.config import Config
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -66,7 +68,7 @@ def flags(draw):
 def quick(monkeypatch, tmp_path):
     """Check settings as ever, but train nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "_train", lambda *_: None)
+    monkeypatch.setattr(train_command, "_train", lambda *_: None)
 
 
 def answer(capsys, args):
@@ -157,7 +159,7 @@ VALID = st.fixed_dictionaries(
 def test_settings_that_go_together_or_are_refused(monkeypatch, capsys, tmp_path, values):
     """Ten iterations are one here; everything else is what a run does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rehearsal, "ITERATIONS", 1)
+    monkeypatch.setattr(dry_run, "ITERATIONS", 1)
     line = []
     for name, value in values.items():
         flag = name.replace("_", "-")
@@ -167,5 +169,5 @@ def test_settings_that_go_together_or_are_refused(monkeypatch, capsys, tmp_path,
 
 def test_the_fuzzed_settings_are_settings():
     assert set(FIELDS) >= {"method", "optimizer", "ema_decay"}
-    assert trainer.Trainer is rehearsal.Trainer
+    assert trainer.Trainer is dry_run.Trainer
     assert choices(HINTS["optimizer"])[0] == "sgd"

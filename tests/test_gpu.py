@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks import precision
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import build_loaders, load_source, prepare
 from fastadvisor.data.loaders import dali
-from fastadvisor.launch import train_config
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.trainer import Trainer
 from fastadvisor.watch import NonFiniteError

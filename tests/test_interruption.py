@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
-from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
 from fastadvisor.runtime.ranks import ALONE

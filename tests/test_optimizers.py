@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
-from fastadvisor import optimizers
 from fastadvisor.config import Config, OptimizerConfig
 from fastadvisor.errors import UserError
-from fastadvisor.optimizers import build_optimizer, check_optimizer, load_state
 from fastadvisor.runtime.environment import optional_parts
-from fastadvisor.schedule import learning_rate
+from fastadvisor.training import optimizers
+from fastadvisor.training.optimizers import build_optimizer, check_optimizer, load_state
+from fastadvisor.training.schedule import learning_rate
 
 ON_CPU = ["sgd", "nesterov", "adam", "adamw", "lars", "lamb"]
 BETA1, BETA2 = 0.9, 0.999

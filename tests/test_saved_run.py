@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastadvisor
 from fastadvisor.errors import UserError
-from fastadvisor.saved_run import SavedRun
+from fastadvisor.training.saved_run import SavedRun
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)]

@@ -6,7 +6,7 @@ import pytest
 from fastadvisor.config import MethodConfig, OptimizerConfig
 from fastadvisor.methods import Phase
 from fastadvisor.methods.finetune import Finetune
-from fastadvisor.schedule import divide, learning_rate
+from fastadvisor.training.schedule import divide, learning_rate
 
 
 def changes(config, total):

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import fastadvisor
-from fastadvisor import launch
 from fastadvisor import trainer as trainer_module
+from fastadvisor.commands import train as train_command
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.data.loaders import dali
 from fastadvisor.errors import UserError
-from fastadvisor.launch import train_config
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.step import Step
 from fastadvisor.trainer import Trainer, step_ms
@@ -290,7 +290,7 @@ def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsy
     ],
 )
 def test_settings_that_exclude_each_other_are_found_before_any_data_is_read(changes, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "load_source", lambda config: pytest.fail("data was read"))
+    monkeypatch.setattr(train_command, "load_source", lambda config: pytest.fail("data was read"))
     with pytest.raises(UserError, match=message):
         train_config(settings(tmp_path / "run", **changes))
 

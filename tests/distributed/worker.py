@@ -13,11 +13,11 @@ from torch import nn
 from fastadvisor.metagrad import ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers, ValidatedEngine
 from fastadvisor.models import cut_at, layers_of
 from fastadvisor.models.sync_batch_norm import synchronise
-from fastadvisor.optimizers import parameter_groups
 from fastadvisor.runtime import ranks as module
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.step import Step
+from fastadvisor.training.optimizers import parameter_groups
 from fastadvisor.watch import Watch
 from tests.metagrad.problem import SIZE, batch, problem
 

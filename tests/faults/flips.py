@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint
 from fastadvisor.trainer import Trainer
 from tests.faults.kills import same

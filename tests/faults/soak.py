@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from fastadvisor.cli import parse_config
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config
-from fastadvisor.launch import train_config
 from fastadvisor.step import Step
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastadvisor import reporting
 from fastadvisor.config import Config
 from fastadvisor.data import TrainingData
 from fastadvisor.errors import OutOfMemoryError, UserError
@@ -17,6 +16,7 @@ from fastadvisor.runtime.cuda_graph import WARM_UP
 from fastadvisor.runtime.run_folder import check_writable
 from fastadvisor.runtime.timer import median
 from fastadvisor.trainer import Trainer
+from fastadvisor.training import messages
 from fastadvisor.watch import NonFiniteError
 
 ITERATIONS = 10
@@ -57,7 +57,7 @@ def rehearse(trainer: Trainer) -> DryRun:
     """
     config = trainer.config
     check_writable(config.output)
-    tell(reporting.headline(config, trainer.data, trainer.device, "none (a dry run)", trainer.ranks.count))
+    tell(messages.headline(config, trainer.data, trainer.device, "none (a dry run)", trainer.ranks.count))
     tell(f"Images of {trainer.loaders.size} pixels by the {trainer.loaders.name} loader ({trainer.loaders.why}).")
     memory.reset_peak(trainer.device)
     warm = trainer.step.interval * (1 if trainer.take is None else WARM_UP + 1)

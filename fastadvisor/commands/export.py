@@ -24,7 +24,7 @@ from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime import memory
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.run_folder import write_text
-from fastadvisor.saved_run import SavedRun
+from fastadvisor.training.saved_run import SavedRun
 
 FORMATS = {"state-dict": "classifier.pt", "torch-export": "classifier.pt2", "onnx": "classifier.onnx"}
 """What there is, and the files' names."""

@@ -18,13 +18,13 @@ from fastadvisor.data import Batch
 from fastadvisor.errors import UserError
 from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
-from fastadvisor.optimizers import load_state
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, memory_format, pick_device
 from fastadvisor.runtime.random_state import CommonRandomness, RandomState
 from fastadvisor.runtime.share import Share
 from fastadvisor.step import Step
+from fastadvisor.training.optimizers import load_state
 from fastadvisor.watch import NonFiniteError, distance_to_cause
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastadvisor.commands.train import check_config, train_config
 from fastadvisor.config import CompareConfig, Config, configured, to_dict
 from fastadvisor.data import Source, load_source, stage
 from fastadvisor.errors import Interrupted, UserError
-from fastadvisor.launch import check_config, train_config
 from fastadvisor.methods import check_method
 from fastadvisor.runtime import console
 from fastadvisor.runtime.environment import environment

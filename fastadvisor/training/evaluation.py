@@ -15,7 +15,7 @@ from fastadvisor.runtime import memory
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import amp_dtype, pick_device
 from fastadvisor.runtime.ranks import ALONE, Ranks
-from fastadvisor.saved_run import SavedRun
+from fastadvisor.training.saved_run import SavedRun
 
 MANY, FEW = 100, 20
 """Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""

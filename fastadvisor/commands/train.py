@@ -10,21 +10,21 @@ from typing import Any, Literal, overload
 
 import torch
 
-from fastadvisor import rehearsal
+from fastadvisor.commands import dry_run
+from fastadvisor.commands.dry_run import DryRun
 from fastadvisor.config import Config, configured
 from fastadvisor.data import Source, TrainingData, load_source, prepare, stage
 from fastadvisor.errors import Interrupted, OutOfMemoryError, UserError
 from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
-from fastadvisor.optimizers import check_optimizer
-from fastadvisor.rehearsal import DryRun
 from fastadvisor.runtime import allocator, checkpoint, console, memory
 from fastadvisor.runtime.precision import check_kernels, pick_device, tuned_convolutions
 from fastadvisor.runtime.provenance import fingerprint, provenance
 from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.trainer import Trainer, TrainResult
+from fastadvisor.training.optimizers import check_optimizer
 
 Settings = str | os.PathLike[str] | Config
 """A recipe's name, a YAML file, or all settings."""
@@ -120,13 +120,13 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
             console.note(data.notes if source is None else data.notes[len(given.notes) :])
             with closing(Trainer(config, data, device, ranks)) as trainer:
                 if config.dry_run:
-                    return rehearsal.rehearse(trainer)
+                    return dry_run.rehearse(trainer)
                 return _run(trainer, begun)
     except OutOfMemoryError as error:
         message = str(error)
         error.__context__ = None  # whose frames hold the tensors
     # Outside the except block: what was held when memory ran out is free now.
-    fits = None if data is None else rehearsal.batch_size_that_fits(config, data, device, ranks.count)
+    fits = None if data is None else dry_run.batch_size_that_fits(config, data, device, ranks.count)
     raise OutOfMemoryError(message if fits is None else f"{message} --batch-size {fits} fits (it was tried).")
 
 

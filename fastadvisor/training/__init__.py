@@ -1,0 +1,1 @@
+"""A run: epochs, schedule, optimizers, tests, and what it leaves."""
