@@ -20,7 +20,8 @@ from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step, StepResult
-from fastadvisor.training.optimizers import build_optimizer, parameter_groups
+from fastadvisor.training.optimizers import build_optimizer
+from fastadvisor.training.parameter_groups import parameter_groups
 
 SIDE, CLASSES = 32, 10
 CPU = torch.device("cpu")

@@ -7,12 +7,12 @@ from fastadvisor.version import __version__
 if TYPE_CHECKING:
     from fastadvisor.commands.compare import compare
     from fastadvisor.commands.dry_run import DryRun
+    from fastadvisor.commands.evaluate import evaluate_run as evaluate
     from fastadvisor.commands.export import export_run as export
     from fastadvisor.commands.train import train
     from fastadvisor.config import CompareConfig, Config
     from fastadvisor.errors import UserError
     from fastadvisor.trainer import TrainResult
-    from fastadvisor.training.evaluation import evaluate_run as evaluate
 
 __all__ = [
     "CompareConfig",
@@ -34,7 +34,7 @@ _HOMES = {
     "TrainResult": ("fastadvisor.trainer", "TrainResult"),
     "UserError": ("fastadvisor.errors", "UserError"),
     "compare": ("fastadvisor.commands.compare", "compare"),
-    "evaluate": ("fastadvisor.training.evaluation", "evaluate_run"),
+    "evaluate": ("fastadvisor.commands.evaluate", "evaluate_run"),
     "export": (
         "fastadvisor.commands.export",
         "export_run",

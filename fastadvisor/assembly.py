@@ -8,7 +8,8 @@ from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.step import Step
-from fastadvisor.training.optimizers import TORCH, build_optimizer, parameter_groups
+from fastadvisor.training.optimizers import TORCH, build_optimizer
+from fastadvisor.training.parameter_groups import parameter_groups
 from fastadvisor.watch import Watch
 
 

@@ -14,13 +14,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
 from fastadvisor import config, recipes
+from fastadvisor.commands.text import result_rows, table
 from fastadvisor.config import local
 from fastadvisor.errors import Interrupted, UserError, nearest, too_many_open_files
 from fastadvisor.runtime import console
@@ -178,7 +179,7 @@ def run_evaluate(args: list[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
-    from fastadvisor.training.evaluation import evaluate_run
+    from fastadvisor.commands.evaluate import evaluate_run
 
     with speaking_of(parser, flags.run):
         result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
@@ -387,28 +388,3 @@ def sentence(box: str) -> str:
 def recipe_rows() -> list[tuple[str, str]]:
     """Return each recipe's name and the comment in its first line."""
     return [(name, recipes.read(name).partition("\n")[0].removeprefix("#").strip()) for name in recipes.names()]
-
-
-def result_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the lines of the table for what ``evaluate_run`` found; what is None is left out."""
-    rows: list[tuple[str, ...]] = []
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            rows += [(f"{key} {name}", number(part)) for name, part in value.items() if part is not None]
-        elif isinstance(value, list | tuple):
-            rows += [(f"{key} {index}", number(part)) for index, part in enumerate(value) if part is not None]
-        elif value is not None:
-            rows.append((key, number(value)))
-    return rows
-
-
-def number(value: object) -> str:
-    """Return floats with two decimals, anything else as it is."""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Return ``rows`` as lines with aligned columns."""
-    lines = list(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

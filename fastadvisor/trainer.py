@@ -38,8 +38,9 @@ from fastadvisor.step import StepResult
 from fastadvisor.training import messages, replay_record
 from fastadvisor.training.epoch import Progress
 from fastadvisor.training.evaluation import Accuracy, accuracy
-from fastadvisor.training.optimizers import WeightAverage, load_state
+from fastadvisor.training.optimizers import load_state
 from fastadvisor.training.schedule import PhaseEpochs, at, divide, learning_rate
+from fastadvisor.training.weight_average import WeightAverage
 from fastadvisor.watch import Collapse, NonFiniteError
 
 KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}

@@ -29,7 +29,7 @@ def calls(monkeypatch):
     fakes = {
         "commands.train": SimpleNamespace(train_config=seen.append),
         "commands.compare": SimpleNamespace(compare_config=seen.append),
-        "training.evaluation": SimpleNamespace(evaluate_run=evaluate_run),
+        "commands.evaluate": SimpleNamespace(evaluate_run=evaluate_run),
     }
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, f"fastadvisor.{name}", module)

@@ -1,21 +1,15 @@
 """Accuracy of a classifier: top-1, top-5, per class, and for many-, medium- and few-shot classes."""
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.data import Batch, TrainingData, build_test_loader
+from fastadvisor.data import Batch, TrainingData
 from fastadvisor.errors import UserError
-from fastadvisor.runtime import memory
-from fastadvisor.runtime.execution import Execution
-from fastadvisor.runtime.precision import amp_dtype, pick_device
 from fastadvisor.runtime.ranks import ALONE, Ranks
-from fastadvisor.training.saved_run import SavedRun
 
 MANY, FEW = 100, 20
 """Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""
@@ -84,38 +78,3 @@ def many_medium_few(per_class: list[float | None], counts: Tensor) -> dict[str, 
         if value is not None:
             groups["many" if count > MANY else "few" if count < FEW else "medium"].append(value)
     return {name: sum(values) / len(values) if values else None for name, values in groups.items()}
-
-
-def evaluate_run(
-    run: str | os.PathLike[str], *, checkpoint: str = "model", data_root: str | None = None, device: str = "auto"
-) -> dict[str, Any]:
-    """Test the classifier of a run folder on its data set's test images.
-
-    Args:
-        run: the folder.
-        checkpoint: ``model`` (the finished classifier), ``best`` or ``last``.
-        data_root: where the data set lies now; None: where it lay.
-        device: auto, cpu or cuda.
-
-    Returns:
-        The fields of :class:`Accuracy` (``per_class_top1`` by class name), and ``run``, ``checkpoint``, ``dataset``,
-        ``method``, ``model``, ``test_size``, ``notes`` (sentences about what was passed over or decided).
-
-    Raises:
-        UserError: no such run or checkpoint, a checkpoint of another model, no data, or data of other classes.
-    """
-    saved = SavedRun.open(run, checkpoint, data_root)
-    config, chosen = saved.config, pick_device(device)
-    data = saved.data()
-    test, size = build_test_loader(config, data, chosen)
-    model = saved.model(len(data.classes), size)
-    with memory.enough(chosen), closing(test):
-        result = accuracy(
-            model.to(chosen),
-            test,
-            data,
-            precision=Execution(chosen, amp_dtype(config.amp_dtype, chosen) if config.amp else None),
-        )
-    about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
-    per_class = dict(zip(data.classes, result.per_class_top1, strict=True))
-    return {**about, "test_size": len(test), **asdict(result), "per_class_top1": per_class, "notes": list(data.notes)}

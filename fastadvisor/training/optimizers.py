@@ -1,19 +1,14 @@
-"""The classifier's optimizer, its parameter groups, and the average of its weights."""
+"""The classifier's optimizer."""
 
-import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 from fastadvisor.config import Config, OptimizerConfig
 from fastadvisor.errors import UserError
-from fastadvisor.models import SplitClassifier
-from fastadvisor.models.stages import TRUNK_SHARE, layers
 from fastadvisor.runtime.environment import optional_parts
 
 TORCH: dict[str, type[torch.optim.Optimizer]] = {
@@ -116,84 +111,3 @@ def align_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
             gradient = parameter.grad
             if gradient is not None and gradient.stride() != parameter.stride():
                 parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
-
-
-def parameter_groups(model: SplitClassifier, layer_decay: float, lr: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in groups of one rate: the head at ``lr``, each layer at ``layer_decay`` times the rate
-    of the one above it (as in BEiT). ``lr_scale`` is a group's rate over ``lr``, for the schedule. With 1 one group.
-    """
-    trainable = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
-    if layer_decay == 1:
-        return [{"params": list(trainable.values()), "lr": lr, "lr_scale": 1.0}]
-    levels = _levels(model)
-    depth = dict.fromkeys(trainable, 0)  # what is outside all layers, such as a class token, counts with the lowest
-    for index, modules in enumerate(levels):
-        depth.update({id(parameter): index for module in modules for parameter in module.parameters()})
-    depth.update({id(parameter): len(levels) for parameter in model.head.parameters()})
-    groups: dict[int, list[nn.Parameter]] = {}
-    for key, parameter in trainable.items():
-        groups.setdefault(depth[key], []).append(parameter)
-    scales = {level: layer_decay ** (len(levels) - level) for level in groups}
-    return [{"params": groups[level], "lr": lr * scales[level], "lr_scale": scales[level]} for level in sorted(groups)]
-
-
-def _levels(model: SplitClassifier) -> list[list[nn.Module]]:
-    """Return the backbone's layers, bottom first, as modules."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-
-    def opened(module: nn.Module) -> list[nn.Module]:
-        """Return the blocks of a module that holds most of the model, such as the encoder of torchvision's ViT."""
-        if sum(parameter.numel() for parameter in module.parameters()) <= TRUNK_SHARE * total:
-            return [module]
-        return [piece for child in module.children() for piece in opened(child)] or [module]
-
-    levels: list[list[nn.Module]] = [[]]
-    begun = False  # whether the last level has a weight matrix
-    for name in (name for layer in layers(model.model, model.head_name) for name in layer.modules):
-        for module in opened(model.model.get_submodule(name)):
-            weighty = any(parameter.dim() > 1 for parameter in module.parameters())
-            if weighty and begun:
-                levels.append([])
-            levels[-1].append(module)
-            begun = begun or weighty
-    return levels
-
-
-class WeightAverage:
-    """An exponential moving average of weights and running statistics, whose decay rises to ``decay`` in the beginning:
-    min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not left with its first weights. The first update
-    takes the weights as they are; counts, such as those of batches, are always those of the model.
-
-    It never waits for the device. torch's ``AveragedModel`` does, at each update: it copies its count there, or reads it back.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        """The averaged classifier."""
-        self.decay = decay
-        self.updates = 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the weights of ``model`` as of now."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
-        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
-        moved = [pair for pair in pairs if pair[0].is_floating_point()]
-        get_ema_multi_avg_fn(decay)([mean for mean, _ in moved], [value for _, value in moved], None)
-        for mean, value in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(value, non_blocking=True)
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the average and the number of updates."""
-        return {"model": self.model.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``."""
-        self.model.load_state_dict(state["model"])
-        self.updates = state["updates"]
-
-
-def _tensors(model: nn.Module) -> "itertools.chain[Tensor]":
-    return itertools.chain(model.parameters(), model.buffers())

@@ -17,7 +17,7 @@ from fastadvisor.runtime import ranks as module
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.step import Step
-from fastadvisor.training.optimizers import parameter_groups
+from fastadvisor.training.parameter_groups import parameter_groups
 from fastadvisor.watch import Watch
 from tests.metagrad.problem import SIZE, batch, problem
 
