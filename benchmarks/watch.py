@@ -25,7 +25,7 @@ from fastadvisor.data import Batch, load_source, prepare, stage
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import RunFolder
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 POLICIES = ("ignore", "skip", "stop")
 CHECKED_STEPS = 2

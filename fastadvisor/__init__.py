@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastadvisor.commands.train import train
     from fastadvisor.config import CompareConfig, Config
     from fastadvisor.errors import UserError
-    from fastadvisor.trainer import TrainResult
+    from fastadvisor.training.trainer import TrainResult
 
 __all__ = [
     "CompareConfig",
@@ -31,7 +31,7 @@ _HOMES = {
     "CompareConfig": ("fastadvisor.config", "CompareConfig"),
     "Config": ("fastadvisor.config", "Config"),
     "DryRun": ("fastadvisor.commands.dry_run", "DryRun"),
-    "TrainResult": ("fastadvisor.trainer", "TrainResult"),
+    "TrainResult": ("fastadvisor.training.trainer", "TrainResult"),
     "UserError": ("fastadvisor.errors", "UserError"),
     "compare": ("fastadvisor.commands.compare", "compare"),
     "evaluate": ("fastadvisor.commands.evaluate", "evaluate_run"),

@@ -151,8 +151,8 @@ def run_train(args: list[str]) -> None:
     """``fastadvisor train``."""
     settings = parse_config(config.Config, "train", "Train one classifier.", args)
     from fastadvisor.commands.train import train_config
-    from fastadvisor.trainer import TrainResult
     from fastadvisor.training.messages import finished
+    from fastadvisor.training.trainer import TrainResult
 
     result = train_config(settings)
     if not settings.progress and int(os.environ.get("RANK", "0")) == 0:  # else the run has said so itself

@@ -9,10 +9,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastadvisor import cli, trainer
+from fastadvisor import cli
 from fastadvisor.commands import dry_run
 from fastadvisor.commands import train as train_command
 from fastadvisor.config import Config
+from fastadvisor.training import trainer
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)

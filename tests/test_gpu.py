@@ -15,7 +15,7 @@ from fastadvisor.config import Config, resolve
 from fastadvisor.data import build_loaders, load_source, prepare
 from fastadvisor.data.loaders import dali
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from fastadvisor.watch import NonFiniteError
 from fastadvisor_kernels import Bernoulli, backend, mes_cross_entropy, reweight_features, tangent_loss
 from tests.checkpoints import loss_scale

@@ -18,7 +18,7 @@ from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.runtime.precision import memory_format, tuned_convolutions
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from tests.checkpoints import loss_scale
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_report.sh"

@@ -19,7 +19,7 @@ from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
 from fastadvisor.runtime.ranks import ALONE
 from fastadvisor.step import Step
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from tests.faults import flips, kills
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}

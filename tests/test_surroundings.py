@@ -24,7 +24,7 @@ from fastadvisor.data import build_loaders, load_source, prepare, stage
 from fastadvisor.data.loaders import dali, dataloader
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.runtime import console, memory
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

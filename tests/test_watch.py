@@ -22,9 +22,9 @@ from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.step import Step
-from fastadvisor.trainer import Trainer
 from fastadvisor.training import replay_record
 from fastadvisor.training.replay_record import replay
+from fastadvisor.training.trainer import Trainer
 from fastadvisor.watch import Collapse, NonFiniteError, Watch
 from tests.faults import soak
 from tests.faults.kills import same

@@ -15,8 +15,8 @@ from fastadvisor.runtime.console import tell
 from fastadvisor.runtime.cuda_graph import WARM_UP
 from fastadvisor.runtime.run_folder import check_writable
 from fastadvisor.runtime.timer import median
-from fastadvisor.trainer import Trainer
 from fastadvisor.training import messages
+from fastadvisor.training.trainer import Trainer
 from fastadvisor.watch import NonFiniteError
 
 ITERATIONS = 10

@@ -13,7 +13,7 @@ from fastadvisor.config import CompareConfig, Config
 from fastadvisor.data import Source
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.runtime.run_folder import RunFolder
-from fastadvisor.trainer import TrainResult
+from fastadvisor.training.trainer import TrainResult
 
 
 def open_folder(config: CompareConfig) -> tuple[Path, bool]:

@@ -23,8 +23,8 @@ from fastadvisor.runtime.precision import check_kernels, pick_device, tuned_conv
 from fastadvisor.runtime.provenance import fingerprint, provenance
 from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
-from fastadvisor.trainer import Trainer, TrainResult
 from fastadvisor.training.optimizers import check_optimizer
+from fastadvisor.training.trainer import Trainer, TrainResult
 
 Settings = str | os.PathLike[str] | Config
 """A recipe's name, a YAML file, or all settings."""

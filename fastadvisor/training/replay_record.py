@@ -28,7 +28,7 @@ from fastadvisor.training.optimizers import load_state
 from fastadvisor.watch import NonFiniteError, distance_to_cause
 
 if TYPE_CHECKING:
-    from fastadvisor.trainer import Trainer
+    from fastadvisor.training.trainer import Trainer
 
 
 class Snapshot:

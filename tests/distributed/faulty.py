@@ -12,7 +12,7 @@ import torch
 from fastadvisor.cli import main
 from fastadvisor.errors import UserError
 from fastadvisor.step import Step
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 call = Step.__call__
 batches = Trainer.batches

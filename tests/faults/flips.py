@@ -21,7 +21,7 @@ from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.runtime import checkpoint
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from tests.faults.kills import same
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}

@@ -6,9 +6,9 @@ import torch
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.launch import train_config
+from fastadvisor.commands.train import train_config
 from fastadvisor.runtime import checkpoint, cuda_graph
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from fastadvisor.watch import NonFiniteError
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu", "cuda_graph": "on", "batch_size": 32, "meta_batch_size": 32}

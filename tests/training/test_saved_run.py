@@ -110,7 +110,7 @@ def test_val_images_choose_the_best_checkpoint(trained):
 
 def test_the_choice_is_by_val_and_not_by_test(tmp_path, trained, monkeypatch):
     """The accuracies of the two parts are made to disagree."""
-    from fastadvisor.trainer import Trainer
+    from fastadvisor.training.trainer import Trainer
 
     test, said = Trainer.test, {"test": iter([50.0, 90.0, 60.0]), "val": iter([40.0, 70.0, 75.0])}
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import fastadvisor
-from fastadvisor import trainer as trainer_module
 from fastadvisor.commands import train as train_command
 from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
@@ -17,7 +16,8 @@ from fastadvisor.data.loaders import dali
 from fastadvisor.errors import UserError
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.step import Step
-from fastadvisor.trainer import Trainer, step_ms
+from fastadvisor.training import trainer as trainer_module
+from fastadvisor.training.trainer import Trainer, step_ms
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
