@@ -31,11 +31,11 @@ def evaluate_run(
     Raises:
         UserError: no such run or checkpoint, a checkpoint of another model, no data, or data of other classes.
     """
-    saved = SavedRun.open(run, checkpoint, data_root)
-    config, chosen = saved.config, pick_device(device)
-    data = saved.data()
+    saved = SavedRun.open(run, data_root=data_root)
+    saved.weights(checkpoint)  # a checkpoint that is not there is found before the data set is read
+    config, chosen, data = saved.config, pick_device(device), saved.data()
     test, size = build_test_loader(config, data, chosen)
-    model = saved.model(len(data.classes), size)
+    model = saved.model(checkpoint, size)
     with memory.enough(chosen), closing(test):
         result = accuracy(
             model.to(chosen),

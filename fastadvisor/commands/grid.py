@@ -1,6 +1,5 @@
 """Several runs in one folder: their settings, which are finished already, and their summaries."""
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -13,6 +12,7 @@ from fastadvisor.config import CompareConfig, Config
 from fastadvisor.data import Source
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.runtime.run_folder import RunFolder
+from fastadvisor.training.saved_run import SavedRun
 from fastadvisor.training.trainer import TrainResult
 
 
@@ -71,7 +71,7 @@ def summary_of(
     settings = _run_settings(config, method, seed, run, resume=resumes and (run / "config.yaml").is_file())
     if resumes and (run / "summary.json").is_file():
         RunFolder(run).check_settings(settings)
-        return _read_summary(run / "summary.json", check)
+        return _read_summary(run, check)
     try:
         result = train_config(settings, source)
     except Interrupted as stop:
@@ -87,10 +87,11 @@ def _run_settings(config: CompareConfig, method: str, seed: int, run: Path, resu
     return replace(Config(**settings), method=method, seed=seed, output=str(run), resume=resume)
 
 
-def _read_summary(path: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+def _read_summary(run: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    saved = SavedRun.open(run)
+    summary = saved.summary()
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         check(summary)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete it, and --resume writes it again.") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{saved.folder.summary} is damaged; delete it, and --resume writes it again.") from None
     return summary

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastadvisor.data import Batch, TrainingData
 from fastadvisor.errors import UserError
 from fastadvisor.runtime.ranks import ALONE, Ranks
+from fastadvisor.training.predictions import predictions
 
 MANY, FEW = 100, 20
 """Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""
@@ -51,17 +52,12 @@ def accuracy(
     classes = len(data.classes)
     # Images, hits and hits among five by class, counted on the device: whole numbers, so the ranks' sums are exact.
     counts = torch.zeros(3, classes, dtype=torch.int64, device=data.labels.device)
-    training = model.training
-    model.eval()
     with torch.inference_mode():
-        for batch in test:
-            with precision():
-                logits = model(batch.images)
-            best = logits.float().topk(min(5, classes), dim=1).indices
-            hit = best == batch.labels[:, None]
-            of_batch = torch.stack([torch.ones_like(batch.labels), hit[:, 0].long(), hit.any(dim=1).long()])
-            counts = counts.to(batch.labels.device).scatter_add(1, batch.labels.expand(3, -1), of_batch)
-    model.train(training)
+        for _, labels, logits, _ in predictions(model, test, precision):
+            best = logits.topk(min(5, classes), dim=1).indices
+            hit = best == labels[:, None]
+            of_batch = torch.stack([torch.ones_like(labels), hit[:, 0].long(), hit.any(dim=1).long()])
+            counts = counts.to(labels.device).scatter_add(1, labels.expand(3, -1), of_batch)
     total, first, five = ranks.total(counts.clone()).tolist()
     per_class = [100 * hits / images if images else None for hits, images in zip(first, total, strict=True)]
     groups = many_medium_few(per_class, data.class_counts())
