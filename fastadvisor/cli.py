@@ -70,9 +70,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    """Run one command and return the exit status: 0, 2 for what the user can put right, 128 + the signal when interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     console.hold_any_character()
+    try:
+        return run(args)
+    finally:
+        console.leave_dead_streams()
+
+
+def run(args: list[str]) -> int:
+    """Run one command; what goes wrong becomes a sentence and a status."""
     try:
         return dispatch(args)
     except UserError as error:
@@ -83,16 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"fastadvisor: {stop}")
         return 128 + stop.signal
     except KeyboardInterrupt:
-        print("fastadvisor: interrupted.", file=sys.stderr)
+        say("fastadvisor: interrupted.")
         return 130
+    except BrokenPipeError:  # `fastadvisor recipes | head`: the reader has left
+        return 141
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         say(f"fastadvisor: error: {too_many_open_files()}")
         return 2
-    except BrokenPipeError:  # `fastadvisor recipes | head`: the reader has left, and the interpreter would flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except RuntimeError as error:
         if not lost(error):
             raise
@@ -107,7 +114,7 @@ def say(message: str) -> None:
 
         if not speaks(message):
             return
-    print(message, file=sys.stderr, flush=True)
+    console.write(message, sys.stderr)
 
 
 def lost(error: RuntimeError) -> bool:
@@ -156,7 +163,8 @@ def run_train(args: list[str]) -> None:
 
     result = train_config(settings)
     if not settings.progress and int(os.environ.get("RANK", "0")) == 0:  # else the run has said so itself
-        print(finished(result.summary, result.folder) if isinstance(result, TrainResult) else result.sentence())
+        result_line = finished(result.summary, result.folder) if isinstance(result, TrainResult) else result.sentence()
+        console.write(result_line, sys.stdout)
 
 
 def run_compare(args: list[str]) -> None:
@@ -167,7 +175,7 @@ def run_compare(args: list[str]) -> None:
 
     result = compare_config(settings)
     if not settings.progress:
-        print(compare.table(result["rows"]))
+        console.write(compare.table(result["rows"]), sys.stdout)
 
 
 def run_evaluate(args: list[str]) -> None:

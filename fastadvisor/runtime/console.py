@@ -1,10 +1,11 @@
 """What a run says: lines of progress, which a caller may silence, and notes, which nobody may."""
 
 import codecs
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -23,6 +24,9 @@ PLAIN = {
     "≥": ">=",
 }
 """What stands for a character where the output cannot hold it; others become their escape, as \\xe9."""
+
+DEAD = (errno.EPIPE, errno.EIO)
+"""Errors of writing to a pipe that nobody reads, and to a terminal that has been closed."""
 
 _silent = False
 
@@ -53,7 +57,7 @@ def printable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "fastadvisor").decode(encoding)
 
 
-@contextmanager
+@contextlib.contextmanager
 def silent(yes: bool) -> Iterator[None]:
     """If ``yes``, :func:`tell` prints nothing inside the block."""
     global _silent
@@ -64,14 +68,41 @@ def silent(yes: bool) -> Iterator[None]:
         _silent = before
 
 
+def write(text: str, stream: TextIO | None) -> None:
+    """Print a line to ``stream``, above a progress bar if there is one; drop it where nobody listens any more.
+
+    A terminal that has been closed, or the reader of a pipe that has left, is no reason to end a run.
+    """
+    if stream is None:  # Python started without one
+        return
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed
+        tqdm.write(printable(text, stream), file=stream)
+        stream.flush()
+
+
+def leave_dead_streams() -> None:
+    """Point standard output and error to nowhere if they cannot be written to any more. What is left in their buffers would be
+    written when the interpreter ends, which would end with a status of its own (120).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            if error.errno not in DEAD:
+                raise
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def tell(text: str) -> None:
     """Print a line of progress to standard output, above a progress bar if there is one."""
     if not _silent:
-        tqdm.write(printable(text, sys.stdout), file=sys.stdout)
+        write(text, sys.stdout)
 
 
 def note(lines: Iterable[str]) -> None:
     """Print what the user must know of the data or the run to standard error, by one of several ranks."""
     if int(os.environ.get("RANK", "0")) == 0:
         for line in lines:
-            tqdm.write(printable(f"fastadvisor: {line}", sys.stderr), file=sys.stderr)
+            write(f"fastadvisor: {line}", sys.stderr)
