@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.data import load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.commands.train import train_config
 from fastadvisor.runtime import checkpoint, cuda_graph
 from fastadvisor.training.trainer import Trainer
 from fastadvisor.watch import NonFiniteError
