@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: list[str]) -> int:
     """Run one command; what goes wrong becomes a sentence and a status."""
     try:
-        return dispatch(args)
+        with console.shown():
+            return dispatch(args)
     except UserError as error:
         # A file's name may hold line breaks.
         say(f"fastadvisor: error: {' '.join(str(error).splitlines())}")

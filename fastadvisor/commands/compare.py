@@ -1,6 +1,7 @@
 """Several methods and seeds in one go, side by side."""
 
 import json
+import logging
 import os
 import statistics
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from fastadvisor.runtime import console
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import write_text
+
+logger = logging.getLogger(__name__)
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "last": lambda summary: summary["test_top1"]["last"],
@@ -58,11 +61,17 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
     for name in methods:
         check_method(name)
         check_config(replace(config, method=name))
+    with console.shown(config.progress):
+        return _compare(config, list(dict.fromkeys(methods)))
+
+
+def _compare(config: CompareConfig, methods: list[str]) -> dict[str, Any]:
     folder, resumes = grid.open_folder(config)
     source = stage(load_source(config), config, pick_device(config.device))  # decoded once for all runs
-    console.note(source.notes)
+    for line in source.notes:
+        logger.warning(line)
     rows = []
-    for method in dict.fromkeys(methods):
+    for method in methods:
         summaries = [
             grid.summary_of(config, method, seed, folder, source, resumes=resumes, check=_columns)
             for seed in range(config.seed, config.seed + config.seeds)
@@ -71,8 +80,7 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
         # After every method, so that a comparison that is cut off leaves what it has.
         result = {"config": to_dict(config), "rows": rows, "versions": environment()}
         write_text(folder / "compare.json", json.dumps(result, indent=2) + "\n")
-    with console.silent(not config.progress):
-        console.tell(f"{table(rows)}\n\nRuns and compare.json are in {folder}.")
+    logger.info(f"{table(rows)}\n\nRuns and compare.json are in {folder}.")
     return result
 
 

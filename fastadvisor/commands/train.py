@@ -1,6 +1,7 @@
 """From a configuration to a run: device, ranks, data, folder, and what is said when something is missing."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,6 +26,8 @@ from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.training.optimizers import check_optimizer
 from fastadvisor.training.trainer import Trainer, TrainResult
+
+logger = logging.getLogger(__name__)
 
 Settings = str | os.PathLike[str] | Config
 """A recipe's name, a YAML file, or all settings."""
@@ -58,7 +61,7 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult | 
     """Train as ``config`` says; ``source`` spares reading the data set again."""
     check_config(config)
     ranks = Ranks.from_environment()
-    with deterministic(config.deterministic), only_first_prints(ranks), console.silent(not config.progress):
+    with deterministic(config.deterministic), only_first_prints(ranks), console.shown(config.progress):
         device = pick_device(config.device)
         check_kernels(device)
         if config.keep_memory and device.type == "cpu":
@@ -117,7 +120,8 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
                 given = load_source(config) if source is None else source
                 staged = stage(given, config, device)
             data = prepare(staged, config, config.seed)
-            console.note(data.notes if source is None else data.notes[len(given.notes) :])
+            for line in data.notes if source is None else data.notes[len(given.notes) :]:
+                logger.warning(line)
             with closing(Trainer(config, data, device, ranks)) as trainer:
                 if config.dry_run:
                     return dry_run.rehearse(trainer)

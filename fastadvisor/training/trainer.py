@@ -1,5 +1,6 @@
 """A run: data, model, method and iteration put together, epochs, schedule, logging, checkpoints. No numerics here."""
 
+import logging
 import math
 import random
 import shlex
@@ -24,7 +25,6 @@ from fastadvisor.methods import build_method
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
 from fastadvisor.runtime import checkpoint, memory
-from fastadvisor.runtime.console import note, tell
 from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
@@ -45,6 +45,8 @@ from fastadvisor.watch import Collapse, NonFiniteError
 
 KINDS = {"epoch": int, "iteration": int, "skipped": int, "history": list, "ranks": list, "engine": dict, "execution": dict}
 """What parts of a checkpoint are taken as they are, without anything that would look at them."""
+
+logger = logging.getLogger(__name__)
 
 RANK_STRIDE = 2**33
 """Between the seeds of two ranks: beyond any seed of a run."""
@@ -94,7 +96,7 @@ class Trainer:
         self.train_loader, self.meta_loader = self.loaders.train, self.loaders.meta
         self._check_batches_of_one(shape)
         if isinstance(self.step.engine, ValidatedEngine):
-            self.step.engine.say = lambda sentence: note([sentence])  # above the progress bar
+            self.step.engine.say = logger.warning
         self.phases = divide(self.method.phases(), config.epochs)
         self.timer = StepTimer(device)
         self.epoch = 0
@@ -116,7 +118,7 @@ class Trainer:
         Raises:
             UserError: this run's cannot be recorded, and --cuda-graph is on.
         """
-        graphed: Graphed[StepResult] = Graphed(self.step, self.device, lambda sentence: note([sentence]))
+        graphed: Graphed[StepResult] = Graphed(self.step, self.device, logger.warning)
         if self.config.cuda_graph == "on" and graphed.reason is not None:
             raise UserError(f"--cuda-graph on: iterations cannot be recorded, because {graphed.reason}; take auto.")
         return graphed
@@ -160,8 +162,8 @@ class Trainer:
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
         hidden = None if config.progress and first else True
         events = folder.path if config.tensorboard and first else None
-        tell(messages.headline(config, self.data, self.device, folder.path, self.ranks.count))
-        tell(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
+        logger.info(messages.headline(config, self.data, self.device, folder.path, self.ranks.count))
+        logger.info(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
         self.report_bad_images()
         done = self.epoch * steps + self.progress.step
         with (
@@ -177,7 +179,7 @@ class Trainer:
                     folder.append_metrics(record)
                     board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
                 self._save(best=True)
-                tell(messages.epoch_line(record, config.epochs))
+                logger.info(messages.epoch_line(record, config.epochs))
             self.clock.settle()
         return self._finish(folder)
 
@@ -188,7 +190,7 @@ class Trainer:
         if self.ranks.first:
             folder.write_summary(summary)
             checkpoint.write(folder.model, model.state_dict())
-        tell(messages.finished(summary, folder.path))
+        logger.info(messages.finished(summary, folder.path))
         return TrainResult(summary, folder.path, model.eval())
 
     def report_bad_images(self) -> None:
@@ -200,7 +202,7 @@ class Trainer:
         count = self.loaders.bad_count()
         if self.folder is not None and self.ranks.first and count > self._bad_reported:
             self.folder.write_bad_images(self.loaders.bad_table())
-            note([f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them."])
+            logger.warning(f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them.")
             self._bad_reported = count
 
     def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
@@ -240,7 +242,7 @@ class Trainer:
         self._check_finite(loss)
         advice = progress.saturated if self.step.advice is None else self.collapse.look(self.step.advice)
         if (sentence := self.collapse.sentence(advice)) is not None:
-            note([sentence])
+            logger.warning(sentence)
         tested, chosen_by = asdict(self.test(self.loaders.test)), {}
         if self.loaders.val is not None:
             on_val = self.test(self.loaders.val)
