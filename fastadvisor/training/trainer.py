@@ -38,6 +38,7 @@ from fastadvisor.step import StepResult
 from fastadvisor.training import messages, replay_record
 from fastadvisor.training.epoch import Progress
 from fastadvisor.training.evaluation import Accuracy, accuracy
+from fastadvisor.training.observers import Lines, Metrics, Observer, ProgressBar, Scalars
 from fastadvisor.training.optimizers import load_state
 from fastadvisor.training.schedule import PhaseEpochs, at, divide, learning_rate
 from fastadvisor.training.weight_average import WeightAverage
@@ -103,6 +104,8 @@ class Trainer:
         self.progress = Progress(device)
         self.history: list[dict[str, Any]] = []
         self.collapse = Collapse()
+        self.observers: list[Observer] = []
+        """Are told of every iteration and epoch; :meth:`run` adds those of the run folder and the terminal."""
         self.recorder = replay_record.Recorder()
         self.interruption = Interruption()
         self.clock = SaveClock(self.interruption, config.save_minutes, config.save_every, ranks)
@@ -171,15 +174,15 @@ class Trainer:
             closing(TensorBoard(events, purge_step=self.epoch + 1)) as board,
             tqdm(total=config.epochs * steps, initial=done, unit="step", disable=hidden) as bar,
         ):
+            files: list[Observer] = [Metrics(folder), Scalars(board)] if first else []
+            self.observers[:0] = [*files, ProgressBar(bar, self.step.engine), Lines(config.epochs, self.collapse)]
             while self.epoch < config.epochs:
-                record = self._train_epoch(bar)
+                record = self._train_epoch()
                 self.epoch += 1
                 self.history.append(record)
-                if first:
-                    folder.append_metrics(record)
-                    board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
+                for observer in self.observers:
+                    observer.epoch(record)
                 self._save(best=True)
-                logger.info(messages.epoch_line(record, config.epochs))
             self.clock.settle()
         return self._finish(folder)
 
@@ -205,15 +208,15 @@ class Trainer:
             logger.warning(f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them.")
             self._bad_reported = count
 
-    def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
+    def _train_epoch(self) -> dict[str, Any]:
         try:
-            return self._iterations(bar)
+            return self._iterations()
         except UserError:  # too many bad images end the epoch, and the list of them is what the user needs
             if self.ranks.count == 1:
                 self.report_bad_images()
             raise
 
-    def _iterations(self, bar: "tqdm[Any]") -> dict[str, Any]:
+    def _iterations(self) -> dict[str, Any]:
         progress, steps = self.progress, len(self.train_loader)
         current = at(self.phases, self.epoch)
         self.model.train()
@@ -222,12 +225,13 @@ class Trainer:
         for index in range(progress.step, steps):
             self.set_lr(current, index)
             train, meta = self.batches(current)
-            progress.add(self._watched_step(train, meta), len(train.labels))
+            result = self._watched_step(train, meta)
+            progress.add(result, len(train.labels))
             if self.average is not None:
                 self.average.update(self.model.model)
             self.timer.mark()
-            self._show_check(bar)
-            bar.update()
+            for observer in self.observers:
+                observer.step(result, train)
             wish = self.clock.wish(self.step.iteration)
             if wish is Wish.STOP or (wish is Wish.SAVE and index + 1 < steps):
                 progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
@@ -241,8 +245,6 @@ class Trainer:
         loss, meta_loss = progress.means(self.ranks)
         self._check_finite(loss)
         advice = progress.saturated if self.step.advice is None else self.collapse.look(self.step.advice)
-        if (sentence := self.collapse.sentence(advice)) is not None:
-            logger.warning(sentence)
         tested, chosen_by = asdict(self.test(self.loaders.test)), {}
         if self.loaders.val is not None:
             on_val = self.test(self.loaders.val)
@@ -334,14 +336,6 @@ class Trainer:
         if not isinstance(engine, ValidatedEngine):
             return {}
         return {**engine.collect(), "meta_fallback": engine.falling_back}
-
-    def _show_check(self, bar: "tqdm[Any]") -> None:
-        """Put the last comparison with the exact meta-gradient beside the progress bar."""
-        engine = self.step.engine
-        if isinstance(engine, ValidatedEngine) and engine.checks:
-            last = engine.checks[-1]
-            state = ", exact for now" if engine.falling_back else ""
-            bar.set_postfix_str(f"cosine to exact {last.cosine:.3f}, norm ratio {last.norm_ratio:.2f}{state}", refresh=False)
 
     def batches(self, current: PhaseEpochs) -> tuple[Batch, Batch | None]:
         """Return the next training batch and, where a meta step is due, the next meta batch."""

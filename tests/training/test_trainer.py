@@ -16,7 +16,6 @@ from fastadvisor.data.loaders import dali
 from fastadvisor.errors import UserError
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.step import Step
-from fastadvisor.training import trainer as trainer_module
 from fastadvisor.training.trainer import Trainer, step_ms
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
@@ -114,12 +113,12 @@ def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     whole = train_config(settings(tmp_path / "whole", epochs=4, **changes))
     epoch = Trainer._train_epoch
 
-    def killed(self, bar):
+    def killed(self):
         if self.epoch == 2:
             for _ in range(2):  # part of an epoch is lost, and so must be all it did
                 self.step(*self.batches(self.phases[0]))
             raise KeyboardInterrupt
-        return epoch(self, bar)
+        return epoch(self)
 
     monkeypatch.setattr(Trainer, "_train_epoch", killed)
     part = settings(tmp_path / "part", epochs=4, **changes)
@@ -166,10 +165,9 @@ def seen_ids(run, monkeypatch):
         return step(self, train, meta)
 
     monkeypatch.setattr(type(run.step), "__call__", spy)
-    with trainer_module.tqdm(disable=True) as bar:
-        while run.epoch < run.config.epochs:
-            run._train_epoch(bar)
-            run.epoch += 1
+    while run.epoch < run.config.epochs:
+        run._train_epoch()
+        run.epoch += 1
     return seen
 
 
