@@ -92,16 +92,14 @@ def check_config(config: Config) -> None:
             f"--virtual-step optimizer knows sgd alone: take --virtual-step sgd with --optimizer {config.optimizer}."
         )
     if config.accumulate > 1:
-        whole = {
-            "--method l2rw": config.method == "l2rw",
-            "--weight-normalization sum": config.method == "mw-net" and config.weight_normalization == "sum",
-            "--advisor-inputs attached": config.advisor_inputs == "attached",
-            "--approx-layers learned": config.approx_meta and config.approx_layers == "learned",
-            "--meta-engine reference": config.meta_engine == "reference",
-        }
-        for flag, asked in whole.items():
-            if asked:
-                raise UserError(f"{flag} needs the batch as a whole: drop it or --accumulate {config.accumulate}.")
+        flags = (
+            METHODS[config.method].needs_whole_batch(config),
+            "--advisor-inputs attached" if config.advisor_inputs == "attached" else None,
+            "--approx-layers learned" if config.approx_meta and config.approx_layers == "learned" else None,
+            "--meta-engine reference" if config.meta_engine == "reference" else None,
+        )
+        for flag in filter(None, flags):
+            raise UserError(f"{flag} needs the batch as a whole: drop it or --accumulate {config.accumulate}.")
 
 
 def _train(config: Config, source: Source | None, device: torch.device, ranks: Ranks) -> TrainResult | DryRun:

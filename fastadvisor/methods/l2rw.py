@@ -24,6 +24,11 @@ class L2RW(Method):
         super().__init__(config, features, classes)
         self._weight_B: Tensor | None = None
 
+    @classmethod
+    def needs_whole_batch(cls, settings: MethodConfig) -> str:
+        """Return the method itself: its weights sum to 1 over the batch."""
+        return "--method l2rw"
+
     @property
     def learns(self) -> bool:
         """Whether there is a meta step."""

@@ -20,6 +20,11 @@ class MWNet(Method):
         width = config.advisor_width
         self.advisor = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
 
+    @classmethod
+    def needs_whole_batch(cls, settings: MethodConfig) -> str | None:
+        """Return the normalisation that sums over the batch, if it is asked for."""
+        return "--weight-normalization sum" if settings.weight_normalization == "sum" else None
+
     def advise(self, f_BD: Tensor, loss_B: Tensor, labels: Tensor, draw: Beta) -> Advice:
         """Return one weight a sample."""
         assert self.advisor is not None
