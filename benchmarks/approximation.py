@@ -30,7 +30,7 @@ from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.random_state import RandomState
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 
 @dataclass

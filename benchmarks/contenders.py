@@ -19,9 +19,10 @@ from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, ReferenceEngine, build_engine, meta_schedule
 from fastadvisor.methods import METHODS, DataFacts, Method, build_method
 from fastadvisor.models import SplitClassifier, build_model
-from fastadvisor.optimizers import build_optimizer, parameter_groups
 from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.execution import Execution
+from fastadvisor.training.optimizers import build_optimizer
+from fastadvisor.training.parameter_groups import parameter_groups
 
 SIDE, CLASSES = 32, 10
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ from fastadvisor.loading.backends import dali
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.environment import cpu_cores
 from fastadvisor.runtime.precision import pick_device
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 REFERENCE, CEILING, LOOP = "torch", "synthetic", "pillow"
 NAMES = (REFERENCE, "dali", CEILING, LOOP)

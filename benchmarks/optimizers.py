@@ -3,8 +3,8 @@
     python -m benchmarks.optimizers [--model resnet32] [--steps 10] [--rounds 15] [--json FILE] [--markdown FILE]
 
 One process, the implementations in turn, each on weights of its own, medians. Before anything is timed the three are held
-against each other in float64, over three steps; if one is off, nothing is timed. ``fastadvisor.optimizers.implementation`` goes
-by these figures.
+against each other in float64, over three steps; if one is off, nothing is timed.
+``fastadvisor.training.optimizers.implementation`` goes by these figures.
 """
 
 import argparse

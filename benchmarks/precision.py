@@ -31,7 +31,7 @@ from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.runtime.run_folder import RunFolder
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 GATE = 0.99
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

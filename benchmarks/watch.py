@@ -26,7 +26,7 @@ from fastadvisor.loading import Batch, stage
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import RunFolder
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 POLICIES = ("ignore", "skip", "stop")
 CHECKED_STEPS = 2

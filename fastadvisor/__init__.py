@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 from fastadvisor.version import __version__
 
 if TYPE_CHECKING:
-    from fastadvisor.comparison import compare
+    from fastadvisor.commands.compare import compare
+    from fastadvisor.commands.dry_run import DryRun
+    from fastadvisor.commands.evaluate import evaluate_run as evaluate
+    from fastadvisor.commands.export import export_run as export
+    from fastadvisor.commands.train import train
     from fastadvisor.config import CompareConfig, Config
     from fastadvisor.errors import UserError
-    from fastadvisor.evaluation import evaluate_run as evaluate
-    from fastadvisor.exporter import export_run as export
-    from fastadvisor.launch import train
-    from fastadvisor.rehearsal import DryRun
-    from fastadvisor.trainer import TrainResult
     from fastadvisor.training.meta_step import MetaStep
+    from fastadvisor.training.trainer import TrainResult
 
 __all__ = [
     "CompareConfig",
@@ -32,14 +32,17 @@ __all__ = [
 _HOMES = {
     "CompareConfig": ("fastadvisor.config", "CompareConfig"),
     "Config": ("fastadvisor.config", "Config"),
-    "DryRun": ("fastadvisor.rehearsal", "DryRun"),
+    "DryRun": ("fastadvisor.commands.dry_run", "DryRun"),
     "MetaStep": ("fastadvisor.training.meta_step", "MetaStep"),
-    "TrainResult": ("fastadvisor.trainer", "TrainResult"),
+    "TrainResult": ("fastadvisor.training.trainer", "TrainResult"),
     "UserError": ("fastadvisor.errors", "UserError"),
-    "compare": ("fastadvisor.comparison", "compare"),
-    "evaluate": ("fastadvisor.evaluation", "evaluate_run"),
-    "export": ("fastadvisor.exporter", "export_run"),  # no module may be called as a function here: it would take its place
-    "train": ("fastadvisor.launch", "train"),
+    "compare": ("fastadvisor.commands.compare", "compare"),
+    "evaluate": ("fastadvisor.commands.evaluate", "evaluate_run"),
+    "export": (
+        "fastadvisor.commands.export",
+        "export_run",
+    ),  # no module may be called as a function here: it would take its place
+    "train": ("fastadvisor.commands.train", "train"),
 }
 
 

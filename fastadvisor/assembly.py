@@ -7,9 +7,10 @@ from fastadvisor.iterations import Iteration, build_iteration
 from fastadvisor.metagrad import Engine, build_engine, meta_schedule
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
-from fastadvisor.optimizers import TORCH, build_optimizer, parameter_groups
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.watch import Watch
+from fastadvisor.training.optimizers import TORCH, build_optimizer
+from fastadvisor.training.parameter_groups import parameter_groups
 
 
 def build_step(

@@ -29,11 +29,11 @@ def calls(monkeypatch):
         return result
 
     fakes = {
-        "launch": SimpleNamespace(train_config=seen.append),
-        "comparison": SimpleNamespace(compare_config=seen.append),
-        "evaluation": SimpleNamespace(evaluate_run=evaluate_run),
+        "commands.train": SimpleNamespace(train_config=seen.append),
+        "commands.compare": SimpleNamespace(compare_config=seen.append),
+        "commands.evaluate": SimpleNamespace(evaluate_run=evaluate_run),
     }
-    importlib.import_module("fastadvisor.trainer")  # with the real modules, before the others take their place
+    importlib.import_module("fastadvisor.training.trainer")  # with the real modules, before the others take their place
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, f"fastadvisor.{name}", module)
     return seen
@@ -192,7 +192,7 @@ def test_a_user_error_while_training_is_one_sentence(capsys, calls, monkeypatch)
     def fail(settings):
         raise UserError("No folder x; name one.")
 
-    monkeypatch.setattr(sys.modules["fastadvisor.launch"], "train_config", fail)
+    monkeypatch.setattr(sys.modules["fastadvisor.commands.train"], "train_config", fail)
     assert refused(capsys, "train") == "fastadvisor: error: No folder x; name one.\n"
 
 
@@ -200,7 +200,7 @@ def test_our_own_mistakes_keep_their_traceback(calls, monkeypatch):
     def fail(settings):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["fastadvisor.launch"], "train_config", fail)
+    monkeypatch.setattr(sys.modules["fastadvisor.commands.train"], "train_config", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 
@@ -209,7 +209,7 @@ def test_interrupt(capsys, calls, monkeypatch):
     def interrupt(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fastadvisor.launch"], "train_config", interrupt)
+    monkeypatch.setattr(sys.modules["fastadvisor.commands.train"], "train_config", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "fastadvisor: interrupted.\n"
 
@@ -254,7 +254,7 @@ def test_a_command_names_settings_of_its_run_by_their_line_in_the_file(capsys, c
     def fail(run, **flags):
         raise UserError(said)
 
-    monkeypatch.setattr(sys.modules["fastadvisor.evaluation"], "evaluate_run", fail)
+    monkeypatch.setattr(sys.modules["fastadvisor.commands.evaluate"], "evaluate_run", fail)
     assert refused(capsys, "evaluate", "a") == f"fastadvisor: error: {heard}\n"
 
 

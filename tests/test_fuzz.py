@@ -9,8 +9,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastadvisor import cli, launch, rehearsal, trainer
+from fastadvisor import cli
+from fastadvisor.commands import dry_run
+from fastadvisor.commands import train as train_command
 from fastadvisor.config import Config
+from fastadvisor.training import trainer
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 HINTS = typing.get_type_hints(Config)
@@ -68,7 +71,7 @@ def flags(draw):
 def quick(monkeypatch, tmp_path):
     """Check settings as ever, but train nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "_train", lambda *_: None)
+    monkeypatch.setattr(train_command, "_train", lambda *_: None)
 
 
 def answer(capsys, args):
@@ -159,12 +162,12 @@ VALID = st.fixed_dictionaries(
 def test_settings_that_go_together_or_are_refused(monkeypatch, capsys, tmp_path, values):
     """Ten iterations are one here; everything else is what a run does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rehearsal, "ITERATIONS", 1)
+    monkeypatch.setattr(dry_run, "ITERATIONS", 1)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))  # as flags, many would be refused for having no effect
     answer(capsys, ["train", "--dry-run", "--device", "cpu", "--config", "mine.yaml"])
 
 
 def test_the_fuzzed_settings_are_settings():
     assert set(FIELDS) >= {"method", "optimizer", "ema_decay"}
-    assert trainer.Trainer is rehearsal.Trainer
+    assert trainer.Trainer is dry_run.Trainer
     assert choices(HINTS["optimizer"])[0] == "sgd"

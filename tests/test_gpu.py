@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from benchmarks import precision
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
-from fastadvisor.launch import train_config
 from fastadvisor.loading import build_loaders
 from fastadvisor.loading.backends import dali
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
 from fastadvisor.runtime.watch import NonFiniteError
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from fastadvisor_kernels import Bernoulli, backend, mes_cross_entropy, reweight_features, tangent_loss
 from tests.checkpoints import loss_scale
 from tests.distributed.test_equivalence import torchrun

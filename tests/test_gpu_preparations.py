@@ -14,11 +14,11 @@ import torch
 
 from benchmarks import contenders, step
 from benchmarks.kernels import __main__ as kernels
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
-from fastadvisor.launch import train_config
 from fastadvisor.runtime.precision import memory_format, tuned_convolutions
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from tests.checkpoints import loss_scale
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_report.sh"

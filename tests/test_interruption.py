@@ -11,15 +11,15 @@ import time
 import pytest
 import torch
 
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.iterations import Iteration
-from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
 from fastadvisor.runtime.ranks import ALONE
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from tests.faults import flips, kills
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}

@@ -15,7 +15,7 @@ from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.interruption import Interruption
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu", "method": "ce"}
 

@@ -25,7 +25,7 @@ from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.loading import build_loaders, stage
 from fastadvisor.loading.backends import dali, dataloader
 from fastadvisor.runtime import console, memory
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -9,23 +9,25 @@ from functools import partialmethod
 import pytest
 import torch
 
-from fastadvisor import assembly, cli, launch, rehearsal
-from fastadvisor import replay as replaying
+from fastadvisor import assembly, cli
+from fastadvisor.commands import dry_run
+from fastadvisor.commands import train as train_command
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
-from fastadvisor.launch import train_config
 from fastadvisor.metagrad import LearnedLayers
 from fastadvisor.methods import Advice
 from fastadvisor.methods.collapse import Collapse
-from fastadvisor.replay import replay
 from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime import watch as watching
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.watch import NonFiniteError, Watch
-from fastadvisor.trainer import Trainer
+from fastadvisor.training import replay_record
+from fastadvisor.training.replay_record import replay
+from fastadvisor.training.trainer import Trainer
 from tests.faults import soak
 from tests.faults.kills import same
 
@@ -109,7 +111,7 @@ def test_the_replayed_step_is_the_one_that_was_taken(tmp_path, monkeypatch, chan
 
     def listened(self, train, meta):
         modules = {"classifier": self.model.model, "advisor": self.method.advisor}
-        with replaying._listening(modules, taken) if self.iteration == 5 else contextlib.nullcontext():
+        with replay_record._listening(modules, taken) if self.iteration == 5 else contextlib.nullcontext():
             return call(self, train, meta)
 
     def false_alarm(self, values, gradients):
@@ -261,12 +263,12 @@ def test_the_search_for_a_batch_size_respects_micro_batches(tmp_path, monkeypatc
         tried.append((config.batch_size, config.meta_batch_size))
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(rehearsal, "Trainer", fails)
+    monkeypatch.setattr(dry_run, "Trainer", fails)
     config = settings(tmp_path / "run", batch_size=60, meta_batch_size=18, accumulate=3)
-    assert rehearsal.batch_size_that_fits(config, None, CPU) is None
+    assert dry_run.batch_size_that_fits(config, None, CPU) is None
     assert tried == [(30, 18), (15, 15), (6, 6), (3, 3)]
     tried.clear()
-    assert rehearsal.batch_size_that_fits(replace(config, accumulate=1), None, CPU, ranks=3) is None
+    assert dry_run.batch_size_that_fits(replace(config, accumulate=1), None, CPU, ranks=3) is None
     assert tried == [(10, 6), (5, 5), (2, 2)]  # of one rank
 
 
@@ -324,7 +326,7 @@ def test_other_data_are_noticed_when_a_run_is_resumed(tmp_path):
     ],
 )
 def test_settings_that_exclude_each_other(tmp_path, monkeypatch, changes, says):
-    monkeypatch.setattr(launch, "load_source", lambda config: pytest.fail("data was read"))
+    monkeypatch.setattr(train_command, "load_source", lambda config: pytest.fail("data was read"))
     with pytest.raises(UserError, match=says):
         train_config(settings(tmp_path / "run", **changes))
 
@@ -515,7 +517,7 @@ def test_what_an_iteration_began_with_is_kept_without_new_tensors(tmp_path):
 
 def test_a_snapshot_is_of_then():
     a, b = torch.ones(2), torch.zeros(3, dtype=torch.int64)
-    snapshot = replaying.Snapshot()
+    snapshot = replay_record.Snapshot()
     snapshot.take({"a": a, "more": [b, 3, None, "x"]})
     a.fill_(7)
     assert snapshot.state()["more"][1:] == [3, None, "x"]

@@ -10,13 +10,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastadvisor import config, recipes
 from fastadvisor.cli.flags import parse_config
 from fastadvisor.cli.parser import Parser, speaking_of
+from fastadvisor.commands.text import result_rows, table
 from fastadvisor.config import local
 from fastadvisor.errors import Interrupted, UserError, nearest, too_many_open_files
 from fastadvisor.runtime import console
@@ -45,11 +45,20 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status: 0, 2 for what the user can put right, 130 when interrupted."""
+    """Run one command and return the exit status: 0, 2 for what the user can put right, 128 + the signal when interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     console.hold_any_character()
     try:
-        return dispatch(args)
+        return run(args)
+    finally:
+        console.leave_dead_streams()
+
+
+def run(args: list[str]) -> int:
+    """Run one command; what goes wrong becomes a sentence and a status."""
+    try:
+        with console.shown():
+            return dispatch(args)
     except UserError as error:
         # A file's name may hold line breaks.
         say(f"fastadvisor: error: {' '.join(str(error).splitlines())}")
@@ -58,16 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"fastadvisor: {stop}")
         return 128 + stop.signal
     except KeyboardInterrupt:
-        print("fastadvisor: interrupted.", file=sys.stderr)
+        say("fastadvisor: interrupted.")
         return 130
+    except BrokenPipeError:  # `fastadvisor recipes | head`: the reader has left
+        return 141
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
         say(f"fastadvisor: error: {too_many_open_files()}")
         return 2
-    except BrokenPipeError:  # `fastadvisor recipes | head`: the reader has left, and the interpreter would flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except RuntimeError as error:
         if not lost(error):
             raise
@@ -82,7 +90,7 @@ def say(message: str) -> None:
 
         if not speaks(message):
             return
-    print(message, file=sys.stderr, flush=True)
+    console.write(message, sys.stderr)
 
 
 def lost(error: RuntimeError) -> bool:
@@ -125,24 +133,25 @@ def dispatch(args: list[str]) -> int:
 def run_train(args: list[str]) -> None:
     """``fastadvisor train``."""
     settings = parse_config(config.Config, "train", "Train one classifier.", args)
-    from fastadvisor.launch import train_config
-    from fastadvisor.reporting import finished
-    from fastadvisor.trainer import TrainResult
+    from fastadvisor.commands.train import train_config
+    from fastadvisor.training.messages import finished
+    from fastadvisor.training.trainer import TrainResult
 
     result = train_config(settings)
     if not settings.progress and int(os.environ.get("RANK", "0")) == 0:  # else the run has said so itself
-        print(finished(result.summary, result.folder) if isinstance(result, TrainResult) else result.sentence())
+        result_line = finished(result.summary, result.folder) if isinstance(result, TrainResult) else result.sentence()
+        console.write(result_line, sys.stdout)
 
 
 def run_compare(args: list[str]) -> None:
     """``fastadvisor compare``."""
     settings = parse_config(config.CompareConfig, "compare", "Train with several methods and print a table.", args)
-    from fastadvisor import comparison
-    from fastadvisor.comparison import compare_config
+    from fastadvisor.commands import compare
+    from fastadvisor.commands.compare import compare_config
 
     result = compare_config(settings)
     if not settings.progress:
-        print(comparison.table(result["rows"]))
+        console.write(compare.table(result["rows"]), sys.stdout)
 
 
 def run_evaluate(args: list[str]) -> None:
@@ -154,7 +163,7 @@ def run_evaluate(args: list[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
-    from fastadvisor.evaluation import evaluate_run
+    from fastadvisor.commands.evaluate import evaluate_run
 
     with speaking_of(parser, flags.run):
         result = evaluate_run(flags.run, checkpoint=flags.checkpoint, data_root=flags.data_root, device=flags.device)
@@ -174,7 +183,7 @@ def run_export(args: list[str]) -> None:
     parser.add_argument("--checkpoint", choices=("model", "best", "last"), default="model", help="weights (default: model)")
     parser.add_argument("--data-root", metavar="DIR", type=local, help="folder of the data set, if it has moved since")
     flags = parser.parse_all(args)
-    from fastadvisor.exporter import export_run
+    from fastadvisor.commands.export import export_run
 
     formats = [name.strip() for name in flags.formats.split(",") if name.strip()]
     settings = {"output": flags.output, "formats": formats, "checkpoint": flags.checkpoint, "data_root": flags.data_root}
@@ -194,7 +203,7 @@ def run_replay(args: list[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
-    from fastadvisor.replay import replay
+    from fastadvisor.training.replay_record import replay
 
     with speaking_of(parser, flags.run):
         result = replay(flags.run, device=flags.device)
@@ -255,28 +264,3 @@ def run_env(args: list[str]) -> None:
 def recipe_rows() -> list[tuple[str, str]]:
     """Return each recipe's name and the comment in its first line."""
     return [(name, recipes.read(name).partition("\n")[0].removeprefix("#").strip()) for name in recipes.names()]
-
-
-def result_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the lines of the table for what ``evaluate_run`` found; what is None is left out."""
-    rows: list[tuple[str, ...]] = []
-    for key, value in result.items():
-        if isinstance(value, Mapping):
-            rows += [(f"{key} {name}", number(part)) for name, part in value.items() if part is not None]
-        elif isinstance(value, list | tuple):
-            rows += [(f"{key} {index}", number(part)) for index, part in enumerate(value) if part is not None]
-        elif value is not None:
-            rows.append((key, number(value)))
-    return rows
-
-
-def number(value: object) -> str:
-    """Return floats with two decimals, anything else as it is."""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Return ``rows`` as lines with aligned columns."""
-    lines = list(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,1 +1,1 @@
-"""What the commands of the command line do: one file a command."""
+"""The commands: one thin file each."""

@@ -129,6 +129,11 @@ class Method(nn.Module):
         self.batch_mean: Callable[[Tensor], Tensor] = Tensor.mean
         """(B,) to the mean over the whole batch, of which there may be other parts elsewhere; differentiable."""
 
+    @classmethod
+    def needs_whole_batch(cls, settings: Any) -> str | None:
+        """Return the flag for which the method needs all of a batch at once, and so no --accumulate; None where it does not."""
+        return None
+
     @property
     def learns(self) -> bool:
         """Whether there are meta-parameters, and so a meta step."""

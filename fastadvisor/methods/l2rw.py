@@ -1,7 +1,7 @@
 """Learning to Reweight Examples (Ren et al. 2018): every batch finds the weights of its own samples."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ class L2RW(Method):
     def __init__(self, settings: Method.Settings, features: int, facts: DataFacts) -> None:
         super().__init__(settings, features, facts)
         self._weight_B: Tensor | None = None
+
+    @classmethod
+    def needs_whole_batch(cls, settings: Any) -> str:
+        """Return the method itself: its weights sum to 1 over the batch."""
+        return "--method l2rw"
 
     @property
     def learns(self) -> bool:

@@ -1,7 +1,7 @@
 """Meta-Weight-Net (Shu et al. 2019): a network from a sample's loss to its weight."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -26,6 +26,11 @@ class MWNet(Method):
         super().__init__(settings, features, facts)
         width = settings.advisor_width
         self.advisor = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+
+    @classmethod
+    def needs_whole_batch(cls, settings: Any) -> str | None:
+        """Return the normalisation that sums over the batch, if it is asked for."""
+        return "--weight-normalization sum" if settings.weight_normalization == "sum" else None
 
     def advise(self, seen: Seen) -> Advice:
         """Return one weight a sample."""

@@ -1,10 +1,15 @@
-"""What a run says: lines of progress, which a caller may silence, and notes, which nobody may."""
+"""What is logged under ``fastadvisor``, as a terminal shows it: progress (INFO), which a caller may silence, and notes of what
+one must know (WARNING). Every module logs by ``logging.getLogger(__name__)``; a library's user who wants the records elsewhere
+gives that logger, or the root, a handler.
+"""
 
 import codecs
+import contextlib
+import errno
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -24,7 +29,11 @@ PLAIN = {
 }
 """What stands for a character where the output cannot hold it; others become their escape, as \\xe9."""
 
-_silent = False
+DEAD = (errno.EPIPE, errno.EIO)
+"""Errors of writing to a pipe that nobody reads, and to a terminal that has been closed."""
+
+LOGGER = logging.getLogger("fastadvisor")
+"""Above those of the modules."""
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -53,25 +62,80 @@ def printable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "fastadvisor").decode(encoding)
 
 
-@contextmanager
-def silent(yes: bool) -> Iterator[None]:
-    """If ``yes``, :func:`tell` prints nothing inside the block."""
-    global _silent
-    before, _silent = _silent, yes or _silent
+class Console(logging.Handler):
+    """Prints records as plain lines, above a progress bar if there is one: what is below WARNING to standard output, the rest
+    to standard error. Of several ranks the first prints.
+    """
+
+    threshold = logging.INFO
+    """The lowest level that is printed."""
+    onwards = False
+    """Whether the handlers of the root are asked by this one, and not by propagation."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print ``record``, and pass it on."""
+        if record.levelno >= self.threshold and int(os.environ.get("RANK", "0")) == 0:
+            if record.levelno < logging.WARNING:
+                write(record.getMessage(), sys.stdout)
+            else:
+                write(f"fastadvisor: {record.getMessage()}", sys.stderr)
+        if self.onwards and record.levelno >= logging.root.level:
+            logging.root.callHandlers(record)
+
+
+@contextlib.contextmanager
+def shown(progress: bool = True) -> Iterator[None]:
+    """Print inside the block what is logged: notes, and progress if it is wanted here and in the blocks around this one.
+
+    Progress needs the level INFO, which the caller's own handlers at the root may not have asked for: they get what the level
+    of the root lets through, as ever.
+    """
+    outer = next((handler for handler in LOGGER.handlers if isinstance(handler, Console)), None)
+    console = Console() if outer is None else outer
+    before = console.threshold, LOGGER.level, LOGGER.propagate
+    console.threshold = max(before[0], logging.INFO if progress else logging.WARNING)
+    if outer is None:
+        LOGGER.addHandler(console)
+        console.onwards, LOGGER.propagate = LOGGER.propagate and bool(logging.root.handlers), False
+        if LOGGER.level == logging.NOTSET:
+            LOGGER.setLevel(min(logging.INFO, logging.root.level))
     try:
         yield
     finally:
-        _silent = before
+        console.threshold, LOGGER.propagate = before[0], before[2]
+        LOGGER.setLevel(before[1])
+        if outer is None:
+            LOGGER.removeHandler(console)
 
 
-def tell(text: str) -> None:
-    """Print a line of progress to standard output, above a progress bar if there is one."""
-    if not _silent:
-        tqdm.write(printable(text, sys.stdout), file=sys.stdout)
+def write(text: str, stream: TextIO | None) -> None:
+    """Print a line to ``stream``, above a progress bar if there is one; drop it where nobody listens any more.
+
+    A terminal that has been closed, or the reader of a pipe that has left, is no reason to end a run.
+    """
+    if stream is None:  # Python started without one
+        return
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed
+        tqdm.write(printable(text, stream), file=stream)
+        stream.flush()
+
+
+def leave_dead_streams() -> None:
+    """Point standard output and error to nowhere if they cannot be written to any more. What is left in their buffers would be
+    written when the interpreter ends, which would end with a status of its own (120).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            if error.errno not in DEAD:
+                raise
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def note(lines: Iterable[str]) -> None:
-    """Print what the user must know of the data or the run to standard error, by one of several ranks."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        for line in lines:
-            tqdm.write(printable(f"fastadvisor: {line}", sys.stderr), file=sys.stderr)
+    """Log what the user must know of the data or the run, a record a line."""
+    for line in lines:
+        LOGGER.warning("%s", line)

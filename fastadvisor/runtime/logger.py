@@ -1,9 +1,11 @@
 """TensorBoard, where it is installed."""
 
-import sys
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _said = False
 
@@ -43,5 +45,5 @@ class TensorBoard:
 def _say_missing() -> None:
     global _said
     if not _said:
-        print("No TensorBoard files: tensorboard is not installed (pip install tensorboard).", file=sys.stderr)
+        logger.warning("No TensorBoard files: tensorboard is not installed (pip install tensorboard).")
     _said = True

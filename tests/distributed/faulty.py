@@ -12,7 +12,7 @@ import torch
 from fastadvisor.cli import main
 from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 call = Iteration.__call__
 batches = Trainer.batches

@@ -14,11 +14,11 @@ from fastadvisor.iterations import build_iteration
 from fastadvisor.metagrad import ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers, ValidatedEngine
 from fastadvisor.models import cut_at, layers_of
 from fastadvisor.models.sync_batch_norm import synchronise
-from fastadvisor.optimizers import parameter_groups
 from fastadvisor.runtime import ranks as module
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.watch import Watch
+from fastadvisor.training.parameter_groups import parameter_groups
 from tests.metagrad.problem import SIZE, batch, problem
 
 ITERATIONS, TRAIN, META = 3, 16, 8

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from tests.faults.kills import same
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}

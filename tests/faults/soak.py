@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from fastadvisor.cli import parse_config
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config
 from fastadvisor.iterations import Iteration
-from fastadvisor.launch import train_config
 
 
 def resident_mb():

@@ -14,7 +14,7 @@ from fastadvisor.loading.batch import Batch
 from fastadvisor.methods import METHODS, DataFacts
 from fastadvisor.methods.base import settings_of
 from fastadvisor.runtime import checkpoint
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 from tests.faults.kills import left_by, same
 from tests.test_resume import stopped_after
 

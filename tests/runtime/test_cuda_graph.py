@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.launch import train_config
 from fastadvisor.runtime import checkpoint, cuda_graph
 from fastadvisor.runtime.watch import NonFiniteError
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu", "cuda_graph": "on", "batch_size": 32, "meta_batch_size": 32}
 

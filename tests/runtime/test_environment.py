@@ -111,14 +111,14 @@ def test_tensorboard_writes_events(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 0.5)]
 
 
-def test_without_tensorboard_it_says_so_once_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_tensorboard_it_says_so_once_and_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr(logger, "_said", False)
     for _ in range(2):
         board = logger.TensorBoard(tmp_path / "events")
         board.scalars(0, {"loss": 0.5})
         board.close()
-    assert capsys.readouterr().err == "No TensorBoard files: tensorboard is not installed (pip install tensorboard).\n"
+    assert caplog.messages == ["No TensorBoard files: tensorboard is not installed (pip install tensorboard)."]
     assert not (tmp_path / "events").exists()
 
 

@@ -10,7 +10,7 @@ import fastadvisor
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.trainer import Trainer
+from fastadvisor.training.trainer import Trainer
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu", "model": "resnet8"}
 

@@ -1,5 +1,6 @@
 """A run: data, model, method and iteration put together, epochs, schedule, logging, checkpoints. No numerics here."""
 
+import logging
 import math
 import random
 import shlex
@@ -15,12 +16,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastadvisor import replay, reporting
 from fastadvisor.assembly import build_step
 from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import Interrupted, UserError
-from fastadvisor.evaluation import Accuracy, accuracy
 from fastadvisor.iterations import OneStepBehind, StepResult
 from fastadvisor.loading import Batch, EvaluationLoader, Loader, build_loaders
 from fastadvisor.loading.samplers import SAMPLERS
@@ -30,10 +29,7 @@ from fastadvisor.methods.base import Adjusted
 from fastadvisor.methods.collapse import Collapse
 from fastadvisor.models import build_model
 from fastadvisor.models.sync_batch_norm import separate, synchronise
-from fastadvisor.optimizers import WeightAverage
-from fastadvisor.progress import Progress
 from fastadvisor.runtime import checkpoint, memory
-from fastadvisor.runtime.console import note, tell
 from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
@@ -45,7 +41,14 @@ from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.state import Fixed, Module, Part, RandomStates, Value, load_parts, save_parts
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.runtime.watch import NonFiniteError
-from fastadvisor.schedule import StageEpochs, at, divide, learning_rate
+from fastadvisor.training import messages, replay_record
+from fastadvisor.training.epoch import Progress
+from fastadvisor.training.evaluation import Accuracy, accuracy
+from fastadvisor.training.observers import Lines, Metrics, Observer, ProgressBar, Scalars
+from fastadvisor.training.schedule import StageEpochs, at, divide, learning_rate
+from fastadvisor.training.weight_average import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 RANK_STRIDE = 2**33
 """Between the seeds of two ranks: beyond any seed of a run."""
@@ -94,7 +97,7 @@ class Trainer:
         self.train_loader, self.meta_loader = self.loaders.train, self.loaders.meta
         self._check_batches_of_one(shape)
         if isinstance(self.step.engine, ValidatedEngine):
-            self.step.engine.say = lambda sentence: note([sentence])  # above the progress bar
+            self.step.engine.say = logger.warning
         self.stages = divide(self.method.stages(), config.epochs)
         self._entered: StageEpochs | None = None
         self.timer = StepTimer(device)
@@ -102,7 +105,9 @@ class Trainer:
         self.progress = Progress(device)
         self.history: list[dict[str, Any]] = []
         self.collapse = Collapse()
-        self.recorder = replay.Recorder()
+        self.observers: list[Observer] = []
+        """Are told of every iteration and epoch; :meth:`run` adds those of the run folder and the terminal."""
+        self.recorder = replay_record.Recorder()
         self.interruption = Interruption()
         self.clock = SaveClock(self.interruption, config.save_minutes, config.save_every, ranks)
         self.folder: RunFolder | None = None
@@ -117,7 +122,7 @@ class Trainer:
         Raises:
             UserError: this run's cannot be recorded, and --cuda-graph is on.
         """
-        graphed: Graphed[StepResult] = Graphed(self.step, self.device, lambda sentence: note([sentence]))
+        graphed: Graphed[StepResult] = Graphed(self.step, self.device, logger.warning)
         if self.config.cuda_graph == "on" and graphed.reason is not None:
             raise UserError(f"--cuda-graph on: iterations cannot be recorded, because {graphed.reason}; take auto.")
         return graphed
@@ -161,8 +166,8 @@ class Trainer:
         # disable=None: no bar where the output is not a terminal; the line an epoch is printed there too.
         hidden = None if config.progress and first else True
         events = folder.path if config.tensorboard and first else None
-        tell(reporting.headline(config, self.data, self.device, folder.path, self.ranks.count))
-        tell(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
+        logger.info(messages.headline(config, self.data, self.device, folder.path, self.ranks.count))
+        logger.info(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
         self.report_bad_images()
         done = self.epoch * steps + self.progress.step
         with (
@@ -170,15 +175,15 @@ class Trainer:
             closing(TensorBoard(events, purge_step=self.epoch + 1)) as board,
             tqdm(total=config.epochs * steps, initial=done, unit="step", disable=hidden) as bar,
         ):
+            files: list[Observer] = [Metrics(folder), Scalars(board)] if first else []
+            self.observers[:0] = [*files, ProgressBar(bar, self.step.engine), Lines(config.epochs, self.collapse)]
             while self.epoch < config.epochs:
-                record = self._train_epoch(bar)
+                record = self._train_epoch()
                 self.epoch += 1
                 self.history.append(record)
-                if first:
-                    folder.append_metrics(record)
-                    board.scalars(self.epoch, {key: value for key, value in record.items() if isinstance(value, float)})
+                for observer in self.observers:
+                    observer.epoch(record)
                 self._save(best=True)
-                tell(reporting.epoch_line(record, config.epochs))
             self.clock.settle()
         return self._finish(folder)
 
@@ -189,7 +194,7 @@ class Trainer:
         if self.ranks.first:
             folder.write_summary(summary)
             checkpoint.write(folder.model, model.state_dict())
-        tell(reporting.finished(summary, folder.path))
+        logger.info(messages.finished(summary, folder.path))
         return TrainResult(summary, folder.path, model.eval())
 
     def report_bad_images(self) -> None:
@@ -201,18 +206,18 @@ class Trainer:
         count = self.loaders.bad_count()
         if self.folder is not None and self.ranks.first and count > self._bad_reported:
             self.folder.write_bad_images(self.loaders.bad_table())
-            note([f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them."])
+            logger.warning(f"{count:,} images cannot be read and are left out; {self.folder.bad_images} lists them.")
             self._bad_reported = count
 
-    def _train_epoch(self, bar: "tqdm[Any]") -> dict[str, Any]:
+    def _train_epoch(self) -> dict[str, Any]:
         try:
-            return self._iterations(bar)
+            return self._iterations()
         except UserError:  # too many bad images end the epoch, and the list of them is what the user needs
             if self.ranks.count == 1:
                 self.report_bad_images()
             raise
 
-    def _iterations(self, bar: "tqdm[Any]") -> dict[str, Any]:
+    def _iterations(self) -> dict[str, Any]:
         progress, steps = self.progress, len(self.train_loader)
         current = at(self.stages, self.epoch)
         self._enter(current)
@@ -223,12 +228,13 @@ class Trainer:
         for index in range(progress.step, steps):
             self.set_lr(current, index)
             train, meta = self.batches(current)
-            progress.add(self._watched_step(train, meta), len(train.labels))
+            result = self._watched_step(train, meta)
+            progress.add(result, len(train.labels))
             if self.average is not None:
                 self.average.update(self.model.model)
             self.timer.mark()
-            self._show_check(bar)
-            bar.update()
+            for observer in self.observers:
+                observer.step(result, train)
             wish = self.clock.wish(self.step.iteration)
             if wish is Wish.STOP or (wish is Wish.SAVE and index + 1 < steps):
                 progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
@@ -242,8 +248,6 @@ class Trainer:
         loss, meta_loss = progress.means(self.ranks)
         self._check_finite(loss)
         advice = progress.saturated if self.step.advice is None else self.collapse.look(self.step.advice)
-        if (sentence := self.collapse.sentence(advice)) is not None:
-            note([sentence])
         tested, chosen_by = asdict(self.test(self.loaders.test)), {}
         if self.loaders.val is not None:
             on_val = self.test(self.loaders.val)
@@ -361,14 +365,6 @@ class Trainer:
             return {}
         return {**engine.collect(), "meta_fallback": engine.falling_back}
 
-    def _show_check(self, bar: "tqdm[Any]") -> None:
-        """Put the last comparison with the exact meta-gradient beside the progress bar."""
-        engine = self.step.engine
-        if isinstance(engine, ValidatedEngine) and engine.checks:
-            last = engine.checks[-1]
-            state = ", exact for now" if engine.falling_back else ""
-            bar.set_postfix_str(f"cosine to exact {last.cosine:.3f}, norm ratio {last.norm_ratio:.2f}{state}", refresh=False)
-
     def batches(self, current: StageEpochs) -> tuple[Batch, Batch | None]:
         """Return the next training batch and, where a meta step is due, the next meta batch."""
         train = self._next(self.train_loader if current.stage.source == "train" else self.meta_loader)
@@ -480,7 +476,7 @@ class Trainer:
         state = self.state()
         if self.ranks.first and self.folder is not None:
             # The best first: were it second, a process killed between the two would go on without ever writing it.
-            if best and reporting.best_epoch(self.history) is self.history[-1]:
+            if best and messages.best_epoch(self.history) is self.history[-1]:
                 checkpoint.save(self.folder.best, state)
             self.folder.save_last(state, self.config.keep, self.step.iteration)
         self.clock.saved()
@@ -499,7 +495,7 @@ class Trainer:
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds, all of it measured."""
         return {
-            **reporting.summary(self.config, self.data, self.history),
+            **messages.summary(self.config, self.data, self.history),
             "meta_gradient": self.meta_gradient(),
             "cuda_graph": self.take is not None and self.take.reason is None,
             "loader": self.loaders.name,

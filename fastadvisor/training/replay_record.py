@@ -28,7 +28,7 @@ from fastadvisor.runtime.state import Module, load_parts
 from fastadvisor.runtime.watch import NonFiniteError, distance_to_cause
 
 if TYPE_CHECKING:
-    from fastadvisor.trainer import Trainer
+    from fastadvisor.training.trainer import Trainer
 
 
 class Snapshot:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastadvisor.models import SplitClassifier
 from fastadvisor.models.cifar_resnet import CifarResNet
-from fastadvisor.optimizers import parameter_groups
+from fastadvisor.training.parameter_groups import parameter_groups
 
 
 def models():

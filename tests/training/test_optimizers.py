@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
-from fastadvisor import optimizers
 from fastadvisor.config import Config, OptimizerConfig
 from fastadvisor.errors import UserError
-from fastadvisor.optimizers import build_optimizer, check_optimizer
 from fastadvisor.runtime.environment import optional_parts
 from fastadvisor.runtime.state import load_state
-from fastadvisor.schedule import learning_rate
+from fastadvisor.training import optimizers
+from fastadvisor.training.optimizers import build_optimizer, check_optimizer
+from fastadvisor.training.schedule import learning_rate
 
 ON_CPU = ["sgd", "nesterov", "adam", "adamw", "lars", "lamb"]
 BETA1, BETA2 = 0.9, 0.999

@@ -1,6 +1,7 @@
 """From a configuration to a run: device, ranks, data, folder, and what is said when something is missing."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,7 +11,8 @@ from typing import Any, Literal, overload
 
 import torch
 
-from fastadvisor import rehearsal
+from fastadvisor.commands import dry_run
+from fastadvisor.commands.dry_run import DryRun
 from fastadvisor.config import Config, configured
 from fastadvisor.datasets import Source, TrainingData, load_source, prepare
 from fastadvisor.datasets.fingerprint import fingerprint
@@ -19,14 +21,15 @@ from fastadvisor.loading import stage
 from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
-from fastadvisor.optimizers import check_optimizer
-from fastadvisor.rehearsal import DryRun
 from fastadvisor.runtime import allocator, checkpoint, console, memory
 from fastadvisor.runtime.precision import check_kernels, pick_device, tuned_convolutions
 from fastadvisor.runtime.provenance import provenance
 from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
-from fastadvisor.trainer import Trainer, TrainResult
+from fastadvisor.training.optimizers import check_optimizer
+from fastadvisor.training.trainer import Trainer, TrainResult
+
+logger = logging.getLogger(__name__)
 
 Settings = str | os.PathLike[str] | Config
 """A recipe's name, a YAML file, or all settings."""
@@ -60,7 +63,7 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult | 
     """Train as ``config`` says; ``source`` spares reading the data set again."""
     check_config(config)
     ranks = Ranks.from_environment()
-    with deterministic(config.deterministic), only_first_prints(ranks), console.silent(not config.progress):
+    with deterministic(config.deterministic), only_first_prints(ranks), console.shown(config.progress):
         device = pick_device(config.device)
         check_kernels(device)
         if config.keep_memory and device.type == "cpu":
@@ -91,16 +94,14 @@ def check_config(config: Config) -> None:
             f"--virtual-step optimizer knows sgd alone: take --virtual-step sgd with --optimizer {config.optimizer}."
         )
     if config.accumulate > 1:
-        whole = {
-            "--method l2rw": config.method == "l2rw",
-            "--weight-normalization sum": config.method == "mw-net" and config.weight_normalization == "sum",
-            "--advisor-inputs attached": config.advisor_inputs == "attached",
-            "--approx-layers learned": config.approx_meta and config.approx_layers == "learned",
-            "--meta-engine reference": config.meta_engine == "reference",
-        }
-        for flag, asked in whole.items():
-            if asked:
-                raise UserError(f"{flag} needs the batch as a whole: drop it or --accumulate {config.accumulate}.")
+        flags = (
+            METHODS[config.method].needs_whole_batch(config),
+            "--advisor-inputs attached" if config.advisor_inputs == "attached" else None,
+            "--approx-layers learned" if config.approx_meta and config.approx_layers == "learned" else None,
+            "--meta-engine reference" if config.meta_engine == "reference" else None,
+        )
+        for flag in filter(None, flags):
+            raise UserError(f"{flag} needs the batch as a whole: drop it or --accumulate {config.accumulate}.")
 
 
 def _train(config: Config, source: Source | None, device: torch.device, ranks: Ranks) -> TrainResult | DryRun:
@@ -119,16 +120,17 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
                 given = load_source(config) if source is None else source
                 staged = stage(given, config, device)
             data = prepare(staged, config, config.seed)
-            console.note(data.notes if source is None else data.notes[len(given.notes) :])
+            for line in data.notes if source is None else data.notes[len(given.notes) :]:
+                logger.warning(line)
             with closing(Trainer(config, data, device, ranks)) as trainer:
                 if config.dry_run:
-                    return rehearsal.rehearse(trainer)
+                    return dry_run.rehearse(trainer)
                 return _run(trainer, begun)
     except OutOfMemoryError as error:
         message = str(error)
         error.__context__ = None  # whose frames hold the tensors
     # Outside the except block: what was held when memory ran out is free now.
-    fits = None if data is None else rehearsal.batch_size_that_fits(config, data, device, ranks.count)
+    fits = None if data is None else dry_run.batch_size_that_fits(config, data, device, ranks.count)
     raise OutOfMemoryError(message if fits is None else f"{message} --batch-size {fits} fits (it was tried).")
 
 

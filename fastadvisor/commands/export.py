@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import UserError, cannot_write, nearest
-from fastadvisor.loading import build_test_loader
+from fastadvisor.loading import Batch, build_test_loader
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime import memory
 from fastadvisor.runtime.environment import environment
+from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.run_folder import write_text
-from fastadvisor.saved_run import SavedRun
+from fastadvisor.training.predictions import predictions
+from fastadvisor.training.saved_run import SavedRun
 
 FORMATS = {"state-dict": "classifier.pt", "torch-export": "classifier.pt2", "onnx": "classifier.onnx"}
 """What there is, and the files' names."""
@@ -64,25 +66,27 @@ def export_run(
             not left behind).
     """
     check_formats(formats)
-    saved = SavedRun.open(run, checkpoint, data_root)
-    config, folder = saved.config, saved.folder / "export" if output is None else Path(output).expanduser()
-    data = saved.data()
+    saved = SavedRun.open(run, data_root=data_root)
+    saved.weights(checkpoint)  # a checkpoint that is not there is found before the data set is read
+    config, data = saved.config, saved.data()
+    folder = saved.folder.path / "export" if output is None else Path(output).expanduser()
     real, size = _images(config, data, images)
     classes = data.classes
     normalisation = {"mean": list(data.mean), "std": list(data.std)}
-    model = saved.model(len(classes), size).model
+    whole = saved.model(checkpoint, size)
+    wanted = _logits(whole, real)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}); choose another --output.") from None
-    found = {name: _export(name, folder / FORMATS[name], model, config, len(classes), real) for name in formats}
+    found = {name: _export(name, folder / FORMATS[name], whole.model, config, len(classes), wanted) for name in formats}
     about = {
         "model": config.model,
         "classes": classes,
         "image_size": size,
         "input": {"name": "images", "shape": ["batch", 3, size, size], "dtype": "float32", **normalisation},
         "output": {"name": "logits", "shape": ["batch", len(classes)], "dtype": "float32"},
-        "compared_on": len(real),
+        "compared_on": len(real.images),
         "files": found,
         "notes": list(data.notes),
         "versions": environment(),
@@ -106,8 +110,8 @@ def check_formats(formats: Sequence[str]) -> None:
         )
 
 
-def _images(config: Config, data: TrainingData, count: int) -> tuple[Tensor, int]:
-    """Return normalised test images (at most ``count``, 3, S, S), and S."""
+def _images(config: Config, data: TrainingData, count: int) -> tuple[Batch, int]:
+    """Return a batch of normalised test images (at most ``count``, 3, S, S), and S."""
     config.eval_batch_size = count
     device = torch.device("cpu")
     test, size = build_test_loader(config, data, device)
@@ -115,16 +119,25 @@ def _images(config: Config, data: TrainingData, count: int) -> tuple[Tensor, int
         batch = next(iter(test), None)
     if batch is None:
         raise UserError("None of the test images can be read: replace them, or name other data with --data-root.")
-    return batch.images, size
+    return batch, size
 
 
-def _export(name: str, path: Path, model: nn.Module, config: Config, classes: int, real: Tensor) -> dict[str, Any]:
+def _logits(model: nn.Module, real: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Return images and the logits of the original on them: of all of ``real`` at once, and of the first alone."""
+    batches = [real, Batch(*(tensor[:1] for tensor in real))]
+    found = predictions(model, batches, Execution())
+    return [(batch.images, one.logits) for batch, one in zip(batches, found, strict=True)]
+
+
+def _export(
+    name: str, path: Path, model: nn.Module, config: Config, classes: int, wanted: list[tuple[Tensor, Tensor]]
+) -> dict[str, Any]:
     """Write one file under a name of its own, compare what is read back, and give it its name."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with _quietly():
-            read_back = _WRITERS[name](temporary, model, config, classes, real)
-        found = _compare(name, path, model, read_back, real)
+            read_back = _WRITERS[name](temporary, model, config, classes, wanted[0][0])
+        found = _compare(name, path, wanted, read_back)
         os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -133,13 +146,18 @@ def _export(name: str, path: Path, model: nn.Module, config: Config, classes: in
     return {"file": path.name, "bytes": path.stat().st_size, **found}
 
 
-def _compare(name: str, path: Path, model: nn.Module, read_back: Network, real: Tensor) -> dict[str, Any]:
+def _compare(name: str, path: Path, wanted: list[tuple[Tensor, Tensor]], read_back: Network) -> dict[str, Any]:
+    """Hold the logits of what is read back against those ``wanted`` of the original, for each batch of images.
+
+    Raises:
+        UserError: they differ.
+    """
     differences, agree = [], True
     with torch.no_grad():
-        for images in (real, real[:1]):
-            wanted, got = model(images), read_back(images)
-            differences.append(float((got - wanted).abs().max() / (1 + wanted.abs().max())))
-            agree = agree and torch.equal(got.argmax(1), wanted.argmax(1))
+        for images, logits in wanted:
+            got = read_back(images)
+            differences.append(float((got - logits).abs().max() / (1 + logits.abs().max())))
+            agree = agree and torch.equal(got.argmax(1), logits.argmax(1))
     worst = max(differences, key=lambda one: (math.isnan(one), one))
     if not worst <= TOLERANCE:
         raise UserError(

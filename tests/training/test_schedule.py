@@ -6,7 +6,7 @@ import pytest
 from fastadvisor.config import OptimizerConfig
 from fastadvisor.methods import Stage
 from fastadvisor.methods.finetune import Finetune
-from fastadvisor.schedule import divide, learning_rate
+from fastadvisor.training.schedule import divide, learning_rate
 
 
 def changes(config, total):

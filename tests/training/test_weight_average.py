@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastadvisor.optimizers import WeightAverage
+from fastadvisor.training.weight_average import WeightAverage
 
 
 def moving(seed):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fastadvisor.datasets import ArrayImages, Split, TrainingData
-from fastadvisor.evaluation import accuracy, many_medium_few
 from fastadvisor.loading.backends.resident import ResidentEvaluation
+from fastadvisor.training.evaluation import accuracy, many_medium_few
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

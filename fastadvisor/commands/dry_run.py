@@ -1,23 +1,25 @@
 """A run tried out without leaving anything: ``--dry-run``, and the batch size that fits when memory ran out."""
 
 import gc
+import logging
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
 
-from fastadvisor import reporting
 from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import OutOfMemoryError, UserError
 from fastadvisor.runtime import memory
-from fastadvisor.runtime.console import tell
 from fastadvisor.runtime.cuda_graph import WARM_UP
 from fastadvisor.runtime.run_folder import check_writable
 from fastadvisor.runtime.timer import median
 from fastadvisor.runtime.watch import NonFiniteError
-from fastadvisor.trainer import Trainer
+from fastadvisor.training import messages
+from fastadvisor.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 ITERATIONS = 10
 
@@ -57,8 +59,8 @@ def rehearse(trainer: Trainer) -> DryRun:
     """
     config = trainer.config
     check_writable(config.output)
-    tell(reporting.headline(config, trainer.data, trainer.device, "none (a dry run)", trainer.ranks.count))
-    tell(f"Images of {trainer.loaders.size} pixels by the {trainer.loaders.name} loader ({trainer.loaders.why}).")
+    logger.info(messages.headline(config, trainer.data, trainer.device, "none (a dry run)", trainer.ranks.count))
+    logger.info(f"Images of {trainer.loaders.size} pixels by the {trainer.loaders.name} loader ({trainer.loaders.why}).")
     memory.reset_peak(trainer.device)
     warm = trainer.step.interval * (1 if trainer.take is None else WARM_UP + 1)
     times = iterate(trainer, ITERATIONS + warm)[warm:]
@@ -76,7 +78,7 @@ def rehearse(trainer: Trainer) -> DryRun:
         epochs=config.epochs,
         hours=(steps * step + config.epochs * testing) / 3600,
     )
-    tell(found.sentence())
+    logger.info(found.sentence())
     return found
 
 

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 import fastadvisor
-from fastadvisor import launch
-from fastadvisor import trainer as trainer_module
+from fastadvisor.commands import train as train_command
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
-from fastadvisor.launch import train_config
 from fastadvisor.loading.backends import dali
 from fastadvisor.models.cifar_resnet import CifarResNet
-from fastadvisor.trainer import Trainer, step_ms
+from fastadvisor.training.trainer import Trainer, step_ms
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
@@ -114,12 +113,12 @@ def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     whole = train_config(settings(tmp_path / "whole", epochs=4, **changes))
     epoch = Trainer._train_epoch
 
-    def killed(self, bar):
+    def killed(self):
         if self.epoch == 2:
             for _ in range(2):  # part of an epoch is lost, and so must be all it did
                 self.step(*self.batches(self.stages[0]))
             raise KeyboardInterrupt
-        return epoch(self, bar)
+        return epoch(self)
 
     monkeypatch.setattr(Trainer, "_train_epoch", killed)
     part = settings(tmp_path / "part", epochs=4, **changes)
@@ -166,10 +165,9 @@ def seen_ids(run, monkeypatch):
         return step(self, train, meta)
 
     monkeypatch.setattr(type(run.step), "__call__", spy)
-    with trainer_module.tqdm(disable=True) as bar:
-        while run.epoch < run.config.epochs:
-            run._train_epoch(bar)
-            run.epoch += 1
+    while run.epoch < run.config.epochs:
+        run._train_epoch()
+        run.epoch += 1
     return seen
 
 
@@ -272,10 +270,10 @@ def test_watching_alone_does_not_change_a_run(tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"approx_layers": "top", "approx_stages": 9}, {"approx_layers": "random", "approx_budget": 4}]
 )
-def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsys):
+def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, caplog):
     run = trainer(approx_meta=True, **changes)
     assert run.meta_gradient().startswith("all layers")
-    assert "layers" in capsys.readouterr().err
+    assert "layers" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -290,7 +288,7 @@ def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, capsy
     ],
 )
 def test_settings_that_exclude_each_other_are_found_before_any_data_is_read(changes, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "load_source", lambda config: pytest.fail("data was read"))
+    monkeypatch.setattr(train_command, "load_source", lambda config: pytest.fail("data was read"))
     with pytest.raises(UserError, match=message):
         train_config(settings(tmp_path / "run", **changes))
 

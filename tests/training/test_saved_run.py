@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastadvisor
 from fastadvisor.errors import UserError
-from fastadvisor.saved_run import SavedRun
+from fastadvisor.training.saved_run import SavedRun
 
 CLASSES = ["ant", "bee", "cat", "dog"]
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)]
@@ -76,8 +76,7 @@ def test_every_checkpoint_keeps_names_and_order_from_the_first_save_on(trained):
     assert json.loads((run / "run.json").read_text())["classes"] == CLASSES
     for name in ("last.pt", "best.pt"):
         assert torch.load(run / name, weights_only=True)["classes"] == CLASSES
-    for checkpoint in ("model", "best", "last"):
-        assert SavedRun.open(run, checkpoint).classes == CLASSES
+    assert SavedRun.open(run).classes == CLASSES
 
 
 def test_a_run_of_an_earlier_version_has_them_in_its_summary(trained, reordered, tmp_path):
@@ -110,7 +109,7 @@ def test_val_images_choose_the_best_checkpoint(trained):
 
 def test_the_choice_is_by_val_and_not_by_test(tmp_path, trained, monkeypatch):
     """The accuracies of the two parts are made to disagree."""
-    from fastadvisor.trainer import Trainer
+    from fastadvisor.training.trainer import Trainer
 
     test, said = Trainer.test, {"test": iter([50.0, 90.0, 60.0]), "val": iter([40.0, 70.0, 75.0])}
 
@@ -143,3 +142,57 @@ def test_val_images_by_the_other_loaders(tmp_path, trained, loader):
     }
     result = fastadvisor.train(dataset="list", data_root=trained, output=tmp_path / "run", **settings, **QUIET)
     assert result.summary["best"]["chosen_by"] == "val"
+
+
+def test_a_finished_run_gives_its_classifier_without_its_data(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    saved = SavedRun.open(run, data_root=str(tmp_path / "gone"))
+    assert (saved.image_size(), saved.classes) == (8, CLASSES)
+    for checkpoint in ("model", "best", "last"):
+        model = saved.model(checkpoint)
+        assert not model.training
+        state = torch.load(run / f"{checkpoint}.pt", weights_only=True)
+        expected = state if checkpoint == "model" else state["model"]
+        for name, tensor in model.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    with pytest.raises(UserError):
+        saved.data()
+
+
+def test_history_and_summary(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    saved = SavedRun.open(str(run))
+    summary = json.loads((run / "summary.json").read_text())
+    assert saved.summary() == summary
+    assert [record["epoch"] for record in saved.history()] == [1, 2, 3, 4, 5, 6]
+    assert saved.history()[-1]["test_top1"] == summary["test_top1"]["last"]
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines[:-20])  # half of the last line, of a run that is under way
+    assert [record["epoch"] for record in saved.history()] == [1, 2, 3, 4, 5]
+    (run / "metrics.jsonl").write_text("{]\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged; last.pt"):
+        saved.history()
+    (run / "metrics.jsonl").unlink()
+    assert saved.history() == []
+    (run / "summary.json").write_text("[")
+    with pytest.raises(UserError, match=r"summary.json is damaged; delete it"):
+        saved.summary()
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"holds no summary.json; let the run finish \(fastadvisor train "):
+        saved.summary()
+
+
+def test_a_run_that_has_not_finished(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    for name in ("summary.json", "run.json", "model.pt"):
+        (run / name).unlink()
+    saved = SavedRun.open(run)
+    assert saved.classes == CLASSES  # those of last.pt
+    assert saved.image_size() == 8
+    assert saved.data() is saved.data()
+    assert not saved.model("last").training
+    with pytest.raises(UserError, match=r"holds no model.pt; let the run finish .* or try --checkpoint best"):
+        saved.model()

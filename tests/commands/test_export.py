@@ -7,14 +7,15 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from fastadvisor import cli, exporter
+from fastadvisor import cli
+from fastadvisor.commands import export
+from fastadvisor.commands.export import FORMATS, _compare, export_run
+from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.errors import UserError
-from fastadvisor.exporter import FORMATS, _compare, export_run
-from fastadvisor.launch import train_config
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
-HAS_ONNX = all(exporter.find_spec(package) is not None for package in exporter.ONNX_PACKAGES)
+HAS_ONNX = all(export.find_spec(package) is not None for package in export.ONNX_PACKAGES)
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript or onnxruntime is not installed")
 
 
@@ -69,13 +70,13 @@ def test_a_torchvision_model_and_another_folder(tmp_path):
 
 
 def test_a_file_that_differs_is_not_left_behind(run, tmp_path, monkeypatch):
-    write = exporter.checkpoints.write
+    write = export.checkpoints.write
 
     def spoilt(path, state):
         first = next(iter(state))
         write(path, {**state, first: state[first] + 0.1})
 
-    monkeypatch.setattr(exporter.checkpoints, "write", spoilt)
+    monkeypatch.setattr(export.checkpoints, "write", spoilt)
     with pytest.raises(UserError, match=r"classifier.pt does not give the logits of the original"):
         export_run(run, output=tmp_path / "out", formats=["state-dict"])
     assert list((tmp_path / "out").iterdir()) == []
@@ -94,7 +95,7 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --output"):
         export_run(run, output=tmp_path / "file" / "under", formats=["state-dict"])
-    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "onnxscript" else object())
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(UserError, match=r"needs onnxscript: pip install 'fastadvisor\[export\]', or leave it out"):
         export_run(run)
 
@@ -109,7 +110,7 @@ def test_a_model_that_cannot_be_traced_is_said_in_a_sentence(run, monkeypatch):
 
 
 def test_logits_that_are_not_numbers_are_not_the_originals(tmp_path):
-    model, images = torch.nn.Flatten(), torch.zeros(2, 3)
-    _compare("onnx", tmp_path / "model.onnx", model, lambda x: x, images)
+    wanted = [(torch.zeros(2, 3), torch.zeros(2, 3))]
+    _compare("onnx", tmp_path / "model.onnx", wanted, lambda x: x)
     with pytest.raises(UserError, match="does not give the logits of the original"):
-        _compare("onnx", tmp_path / "model.onnx", model, lambda x: x + float("nan"), images)
+        _compare("onnx", tmp_path / "model.onnx", wanted, lambda x: x + float("nan"))

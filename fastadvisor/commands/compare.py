@@ -1,26 +1,26 @@
 """Several methods and seeds in one go, side by side."""
 
 import json
+import logging
 import os
-import shlex
 import statistics
 from collections.abc import Callable
-from dataclasses import fields, replace
-from datetime import datetime
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from fastadvisor.commands import grid
+from fastadvisor.commands.train import check_config
 from fastadvisor.config import CompareConfig, Config, configured, to_dict
-from fastadvisor.datasets import Source, load_source
-from fastadvisor.errors import Interrupted, UserError
-from fastadvisor.launch import check_config, train_config
+from fastadvisor.datasets import load_source
+from fastadvisor.errors import UserError
 from fastadvisor.loading import stage
 from fastadvisor.methods import check_method
 from fastadvisor.runtime import console
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.precision import pick_device
-from fastadvisor.runtime.run_folder import RunFolder, write_text
-from fastadvisor.trainer import TrainResult
+from fastadvisor.runtime.run_folder import write_text
+
+logger = logging.getLogger(__name__)
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "last": lambda summary: summary["test_top1"]["last"],
@@ -62,81 +62,36 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
     for name in methods:
         check_method(name)
         check_config(replace(config, method=name))
-    folder, resumes = _folder(config)
+    with console.shown(config.progress):
+        return _compare(config, list(dict.fromkeys(methods)))
+
+
+def _compare(config: CompareConfig, methods: list[str]) -> dict[str, Any]:
+    folder, resumes = grid.open_folder(config)
     source = stage(load_source(config), config, pick_device(config.device))  # decoded once for all runs
-    console.note(source.notes)
+    for line in source.notes:
+        logger.warning(line)
     rows = []
-    for method in dict.fromkeys(methods):
-        summaries = []
-        for seed in range(config.seed, config.seed + config.seeds):
-            run = folder / f"{method}-seed{seed}"
-            finished = run / "summary.json"
-            settings = _run_config(config, method, seed, run, resume=resumes and (run / "config.yaml").is_file())
-            if resumes and finished.is_file():
-                RunFolder(run).check_settings(settings)
-                summaries.append(_read_summary(finished))
-                continue
-            summaries.append(_summary(settings, source, folder))
+    for method in methods:
+        summaries = [
+            grid.summary_of(config, method, seed, folder, source, resumes=resumes, check=_columns)
+            for seed in range(config.seed, config.seed + config.seeds)
+        ]
         rows.append({"method": method, **_statistics(summaries), "runs": summaries})
         # After every method, so that a comparison that is cut off leaves what it has.
         result = {"config": to_dict(config), "rows": rows, "versions": environment()}
         write_text(folder / "compare.json", json.dumps(result, indent=2) + "\n")
-    with console.silent(not config.progress):
-        console.tell(f"{table(rows)}\n\nRuns and compare.json are in {folder}.")
+    logger.info(f"{table(rows)}\n\nRuns and compare.json are in {folder}.")
     return result
 
 
-def _summary(settings: Config, source: Source, folder: Path) -> dict[str, Any]:
-    try:
-        result = train_config(settings, source)
-    except Interrupted as stop:
-        raise Interrupted(
-            f"{stop} (the comparison: its own command, --output {shlex.quote(str(folder))} --resume)", stop.signal
-        ) from None
-    assert isinstance(result, TrainResult)  # no dry run
-    return result.summary
-
-
-def _run_config(config: CompareConfig, method: str, seed: int, run: Path, resume: bool) -> Config:
-    settings = {field.name: getattr(config, field.name) for field in fields(Config)}
-    return replace(Config(**settings), method=method, seed=seed, output=str(run), resume=resume)
-
-
-def _folder(config: CompareConfig) -> tuple[Path, bool]:
-    """Return the folder of the comparison, and whether one in it is continued."""
-    default = f"runs/{datetime.now():%Y%m%d-%H%M%S}-compare-{config.dataset}"
-    folder = Path(default if config.output is None else config.output)  # made with its first run
-    if config.resume and config.output is None:
-        raise UserError("--resume continues the comparison in a folder; name it with --output.")
-    try:
-        if folder.is_file():
-            raise UserError(f"--output {folder} is a file; name a folder.")
-        found = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        runs = any((folder / name / "config.yaml").is_file() for name in found)
-    except OSError as error:
-        raise UserError(f"Output folder {folder} cannot be read ({error.strerror}); choose another --output.") from None
-    resumes = runs if config.resume == "auto" else config.resume
-    if resumes and not runs:
-        raise UserError(f"There is no comparison in {folder} to resume; check --output, or drop --resume.")
-    if found and not resumes:
-        way = ", or add --resume to continue it" if runs else ""
-        raise UserError(f"Output folder {folder} is not empty; choose another --output{way}.")
-    return folder, resumes
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for read in COLUMNS.values():
-            read(summary)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete it, and --resume writes it again.") from None
-    return summary
+def _columns(summary: dict[str, Any]) -> dict[str, float]:
+    return {name: read(summary) for name, read in COLUMNS.items()}
 
 
 def _statistics(summaries: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Mean and sample standard deviation of each column; the deviation of one run is None."""
-    columns = {name: [read(summary) for summary in summaries] for name, read in COLUMNS.items()}
+    columns = {name: [_columns(summary)[name] for summary in summaries] for name in COLUMNS}
     return {
         name: {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
         for name, values in columns.items()

@@ -3,7 +3,7 @@ import json
 import pytest
 
 import fastadvisor
-from fastadvisor import comparison as comparison_module
+from fastadvisor.commands import grid
 from fastadvisor.errors import UserError
 
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu", "epochs": 1}
@@ -30,13 +30,13 @@ def test_methods_and_seeds_side_by_side(tmp_path, capsys):
 def test_resume_takes_finished_runs_as_they_are(tmp_path, monkeypatch):
     output = str(tmp_path / "out")
     first = fastadvisor.compare(methods="ce", output=output, **QUIET)
-    train_config, trained = comparison_module.train_config, []
+    train_config, trained = grid.train_config, []
 
     def spy(config, source):
         trained.append(config.method)
         return train_config(config, source)
 
-    monkeypatch.setattr(comparison_module, "train_config", spy)
+    monkeypatch.setattr(grid, "train_config", spy)
     second = fastadvisor.compare(methods="ce,meta-only", output=output, resume=True, **QUIET)
     assert trained == ["meta-only"]
     assert second["rows"][0] == json.loads(json.dumps(first["rows"][0]))

@@ -1,22 +1,17 @@
 """Accuracy of a classifier: top-1, top-5, per class, and for many-, medium- and few-shot classes."""
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import UserError
-from fastadvisor.loading import Batch, build_test_loader
-from fastadvisor.runtime import memory
-from fastadvisor.runtime.execution import Execution
-from fastadvisor.runtime.precision import amp_dtype, pick_device
+from fastadvisor.loading import Batch
 from fastadvisor.runtime.ranks import ALONE, Ranks
-from fastadvisor.saved_run import SavedRun
+from fastadvisor.training.predictions import predictions
 
 MANY, FEW = 100, 20
 """Many-shot: more than 100 training images; few-shot: fewer than 20; medium between (ImageNet-LT's convention)."""
@@ -58,17 +53,12 @@ def accuracy(
     classes = len(data.classes)
     # Images, hits and hits among five by class, counted on the device: whole numbers, so the ranks' sums are exact.
     counts = torch.zeros(3, classes, dtype=torch.int64, device=data.labels.device)
-    training = model.training
-    model.eval()
     with torch.inference_mode():
-        for batch in test:
-            with precision():
-                logits = model(batch.images)
-            best = logits.float().topk(min(5, classes), dim=1).indices
-            hit = best == batch.labels[:, None]
-            of_batch = torch.stack([torch.ones_like(batch.labels), hit[:, 0].long(), hit.any(dim=1).long()])
-            counts = counts.to(batch.labels.device).scatter_add(1, batch.labels.expand(3, -1), of_batch)
-    model.train(training)
+        for _, labels, logits, _ in predictions(model, test, precision):
+            best = logits.topk(min(5, classes), dim=1).indices
+            hit = best == labels[:, None]
+            of_batch = torch.stack([torch.ones_like(labels), hit[:, 0].long(), hit.any(dim=1).long()])
+            counts = counts.to(labels.device).scatter_add(1, labels.expand(3, -1), of_batch)
     total, first, five = ranks.total(counts.clone()).tolist()
     per_class = [100 * hits / images if images else None for hits, images in zip(first, total, strict=True)]
     groups = many_medium_few(per_class, data.true_class_counts())
@@ -85,38 +75,3 @@ def many_medium_few(per_class: list[float | None], counts: Tensor) -> dict[str, 
         if value is not None:
             groups["many" if count > MANY else "few" if count < FEW else "medium"].append(value)
     return {name: sum(values) / len(values) if values else None for name, values in groups.items()}
-
-
-def evaluate_run(
-    run: str | os.PathLike[str], *, checkpoint: str = "model", data_root: str | None = None, device: str = "auto"
-) -> dict[str, Any]:
-    """Test the classifier of a run folder on its data set's test images.
-
-    Args:
-        run: the folder.
-        checkpoint: ``model`` (the finished classifier), ``best`` or ``last``.
-        data_root: where the data set lies now; None: where it lay.
-        device: auto, cpu or cuda.
-
-    Returns:
-        The fields of :class:`Accuracy` (``per_class_top1`` by class name), and ``run``, ``checkpoint``, ``dataset``,
-        ``method``, ``model``, ``test_size``, ``notes`` (sentences about what was passed over or decided).
-
-    Raises:
-        UserError: no such run or checkpoint, a checkpoint of another model, no data, or data of other classes.
-    """
-    saved = SavedRun.open(run, checkpoint, data_root)
-    config, chosen = saved.config, pick_device(device)
-    data = saved.data()
-    test, size = build_test_loader(config, data, chosen)
-    model = saved.model(len(data.classes), size)
-    with memory.enough(chosen), closing(test):
-        result = accuracy(
-            model.to(chosen),
-            test,
-            data,
-            precision=Execution(chosen, amp_dtype(config.amp_dtype, chosen) if config.amp else None),
-        )
-    about = {"run": str(run), "checkpoint": checkpoint, "dataset": data.name, "method": config.method, "model": config.model}
-    per_class = dict(zip(data.classes, result.per_class_top1, strict=True))
-    return {**about, "test_size": len(test), **asdict(result), "per_class_top1": per_class, "notes": list(data.notes)}
