@@ -12,8 +12,8 @@
 #
 # WHEELS names a folder of wheels for a machine without a network, which are installed as they are, without what they need, into
 # an empty folder: torch's image brings typing_extensions and more in versions of its own, and pip would stop at them. Wanted are
-# tyro, pydantic, pydantic_core (of that Python), annotated_types, docstring_parser, typeguard, typing_inspection and
-# typing_extensions; to compare with others also higher, torchopt, optree and liger_kernel.
+# pydantic, pydantic_core (of that Python), annotated_types, typing_inspection and typing_extensions; to compare with others also
+# higher, torchopt, optree and liger_kernel.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 CALL=${1:-}
@@ -35,7 +35,7 @@ prepare() {
     export PYTHONPATH="${SITE:+$SITE:}$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     "$PYTHON" - <<'PY' || exit 1
 import importlib.util, sys
-missing = [name for name in ("torch", "triton", "tyro", "pydantic", "sklearn", "pytest", "hypothesis", "yaml", "tqdm")
+missing = [name for name in ("torch", "triton", "pydantic", "sklearn", "pytest", "hypothesis", "yaml", "tqdm")
            if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"Missing here: {', '.join(missing)}. Install them, or name a folder with their wheels: WHEELS=FOLDER bash benchmarks/gpu_report.sh.")

@@ -1,11 +1,39 @@
 import dataclasses
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 import yaml
 
+import fastadvisor
 from fastadvisor import recipes
 from fastadvisor.cli import parse_config
-from fastadvisor.config import CompareConfig, Config, read_layer, resolve, to_dict, validated
+from fastadvisor.config import (
+    ESSENTIAL,
+    CheckConfig,
+    CompareConfig,
+    Config,
+    Only,
+    Positive,
+    complete,
+    configured,
+    methods_that_use,
+    near_miss,
+    read_layer,
+    register_method,
+    registry,
+    resolve,
+    select,
+    settings_of,
+    to_dict,
+    validated,
+)
+from fastadvisor.config.near_misses import ANSWERS, OTHER_NAMES
 from fastadvisor.errors import UserError, nearest
 
 
@@ -40,7 +68,7 @@ def test_the_data_set_of_the_file_or_keyword_chooses_the_recipe(layer):
 def test_every_recipe_resolves_and_says_what_it_is(kind, name):
     text = recipes.read(name)
     got = resolve(kind, name)
-    assert type(got) is kind
+    assert isinstance(got, kind)
     assert text.startswith("# ")
     for key, value in yaml.safe_load(text).items():
         assert to_dict(got)[key] == value
@@ -105,6 +133,11 @@ def test_values_have_their_types(layer):
     assert isinstance(got.milestones[1], float)
 
 
+@pytest.mark.parametrize(("word", "value"), [("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto")])
+def test_the_words_on_and_off_may_stand_bare_in_a_file(layer, word, value):
+    assert resolve(Config, layer(f"cuda_graph: {word}\n")).cuda_graph == value
+
+
 def test_no_amp_beats_the_file(layer):
     path = layer("amp: true\n")
     assert resolve(Config, path).amp
@@ -116,15 +149,92 @@ def test_to_dict_survives_yaml():
     assert validated(CompareConfig, yaml.safe_load(yaml.safe_dump(to_dict(got)))) == got
 
 
-def test_every_field_has_a_help_text_under_it():
-    import inspect
+@pytest.mark.parametrize("kind", [Config, CompareConfig, CheckConfig])
+def test_every_setting_has_a_help_text_under_it_and_a_title(kind):
+    settings = settings_of(kind)
+    assert list(settings) == [field.name for field in dataclasses.fields(complete(kind))]
+    for setting in settings.values():
+        assert setting.help.endswith((".", ")")), setting.name
+        assert setting.title
 
-    from fastadvisor import config
 
-    source = inspect.getsource(config)
-    for field in dataclasses.fields(CompareConfig):
-        line = source.split(f"\n    {field.name}: ")[1].split("\n")[1]
-        assert line.strip().startswith('"""'), field.name
+def test_conditions_name_settings_and_values_that_there_are():
+    settings = settings_of(Config)
+    for setting in settings.values():
+        for name, values in ((name, values) for only in setting.conditions for name, values in only.conditions.items()):
+            known = settings[name].choices
+            assert not known or set(values) <= set(known), setting.name
+            assert not settings[name].is_switch or values == (True,), setting.name
+
+
+def test_help_texts_from_a_zip(tmp_path):
+    """As from an installed wheel: the text is the source's, wherever that is read from."""
+    root = Path(fastadvisor.__file__).parent
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as package:
+        for file in (*root.glob("*.py"), *root.glob("config/*.py"), *root.glob("recipes/*")):
+            package.write(file, file.relative_to(root.parent))
+    code = "from fastadvisor.config import Config, settings_of; print(settings_of(Config)['epochs'].help)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path / "package.zip")}, cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "Passes over the training set.\n"
+
+
+# Settings of one method
+
+
+@dataclass
+class Settings:
+    """As in a method's own file."""
+
+    focus: Annotated[Positive, ESSENTIAL] = 2.0
+    """How much the easy samples are played down."""
+    balance: Annotated[Literal["none", "effective"], Only(method="focus")] = "none"
+    """Weights of the classes."""
+
+
+@pytest.fixture
+def focus():
+    """A method that registers itself."""
+    before = dict(registry._SETTINGS)
+    register_method("focus", Settings)
+    yield
+    registry._SETTINGS.clear()
+    for name, settings in before.items():
+        register_method(name, *settings)
+
+
+def test_a_method_brings_its_own_settings(focus, layer):
+    got = resolve(Config, layer("focus: 3\n"), method="focus", balance="effective")
+    assert isinstance(got, Config)
+    assert (to_dict(got)["focus"], got.balance) == (3.0, "effective")
+    assert select(Settings, got) == Settings(3.0, "effective")
+    assert dataclasses.replace(got, focus=1.0).focus == 1.0
+    assert resolve(CompareConfig).focus == 2.0
+    with pytest.raises(UserError, match=r"focus = -1: input should be greater than 0"):
+        resolve(Config, focus=-1)
+    settings = settings_of(Config)
+    assert settings["focus"].methods == ("focus",)
+    assert settings["focus"].essential
+    assert (settings["focus"].title, settings["focus"].help) == ("Method focus", "How much the easy samples are played down.")
+    assert methods_that_use("epochs") is None
+
+
+def test_without_the_method_there_is_no_such_setting():
+    with pytest.raises(UserError, match="Unknown key 'focus'"):
+        resolve(Config, focus=3)
+
+
+def test_methods_that_share_a_setting_must_agree(focus):
+    @dataclass
+    class Other:
+        focus: Positive = 1.0
+
+    register_method("same", Settings)
+    assert methods_that_use("focus") == ("focus", "same")
+    with pytest.raises(TypeError, match="focus of other has another type or default than that of focus"):
+        register_method("other", Other)
 
 
 def test_nearest():
@@ -142,3 +252,48 @@ def test_labels_from_a_file_replace_the_recipes_noise():
     resolved = resolve(Config, labels="labels.npy")
     assert (resolved.noise, resolved.noise_rate) == ("none", 0.0)
     assert resolve(Config, labels="labels.npy", noise="flip").noise == "flip"  # prepare() refuses this one
+
+
+def test_a_length_in_epochs_undoes_the_iterations_of_the_layers_below(layer):
+    assert resolve(Config, "cifar-lt-augmented").iterations == 13_000
+    assert resolve(Config, "cifar-lt-augmented", epochs=5).iterations is None
+    both = resolve(Config, "cifar-lt-augmented", epochs=5, iterations=9)  # in one layer
+    assert (both.epochs, both.iterations) == (5, 9)
+    run = layer("iterations: 9\nepochs: 2\n")  # as a run writes them
+    assert resolve(Config, run).iterations == 9
+    assert (resolve(Config, run, epochs=4).epochs, resolve(Config, run, epochs=4).iterations) == (4, None)
+    assert configured(Config, resolve(Config, run), {"epochs": 4}).iterations is None
+
+
+def test_other_programs_names_are_none_of_ours_and_lead_to_one():
+    known = settings_of(CompareConfig)
+    others = [name for names in (*OTHER_NAMES.values(), *ANSWERS) for name in names.split()]
+    assert not set(others) & set(known)
+    assert len(set(others)) == len(others)
+    assert set(OTHER_NAMES) <= {*known, "config"}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("learning_rate", "it is called --lr here."),
+        ("Learning-Rate", "it is called --lr here."),
+        ("bs", "it is called --batch-size here."),
+        ("patience", "there is no early stopping; best.pt keeps the best epoch"),
+        ("zzz", None),
+    ],
+)
+def test_near_misses(layer, name, says):
+    answer = near_miss(name, settings_of(Config))
+    assert answer is None if says is None else answer.startswith(says)
+    if says is not None:
+        for source, keywords in ((layer(f"{name}: 1\n"), {}), (None, {name: 1})):
+            with pytest.raises(UserError, match=rf"^Unknown key '{name}'.*: {says}"):
+                resolve(Config, source, **keywords)
+
+
+def test_a_message_names_the_layer_that_a_value_is_from(layer):
+    with pytest.raises(UserError, match=r"^lr = -1: input"):
+        resolve(Config, layer("epochs: 3\n"), lr=-1)
+    with pytest.raises(UserError, match=r"^epochs = 0 \(from .*mine.yaml\): input"):
+        resolve(Config, layer("epochs: 0\n"), lr=1)

@@ -81,7 +81,7 @@ def test_wheels_go_into_an_empty_folder_without_what_they_need(tmp_path):
     """pydantic wants a newer typing-extensions than the image has; its wheel is beside it, and pip must not ask further."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    for name in ("tyro", "pydantic"):
+    for name in ("annotated_types", "pydantic"):
         with zipfile.ZipFile(wheels / f"{name}-99.0-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name}/__init__.py", f"raise SystemExit('{name} of the wheel')\n")
             about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\nRequires-Dist: a-package-that-nobody-has>=3\n"
@@ -90,14 +90,14 @@ def test_wheels_go_into_an_empty_folder_without_what_they_need(tmp_path):
             wheel.writestr(f"{name}-99.0.dist-info/RECORD", "")
     before = set(os.listdir("/tmp"))
     done = report("A", str(tmp_path / "out"), WHEELS=str(wheels))
-    assert "Installed: pydantic-99.0 tyro-99.0" in done.stdout, done.stderr
+    assert "Installed: annotated_types-99.0 pydantic-99.0" in done.stdout, done.stderr
     if not torch.cuda.is_available():
         assert done.returncode == 1
         assert done.stderr.strip().endswith("pytest runs the kernels through Triton's interpreter instead.")
         assert not (tmp_path / "out").exists()
     left = set(os.listdir("/tmp")) - before
-    assert not any((Path("/tmp") / name / "tyro").exists() for name in left)
-    (wheels / "tyro-99.0-py3-none-any.whl").write_bytes(b"no wheel")
+    assert not any((Path("/tmp") / name / "annotated_types").exists() for name in left)
+    (wheels / "annotated_types-99.0-py3-none-any.whl").write_bytes(b"no wheel")
     assert report("A", str(tmp_path / "out"), WHEELS=str(wheels)).returncode == 1
 
 

@@ -137,6 +137,14 @@ def test_a_constant_rate_may_go_on(tmp_path):
     fastadvisor.train(str(part / "config.yaml"), output=str(part), resume=True)  # the new length is the run's
 
 
+def test_a_run_whose_length_was_given_in_iterations_goes_on_by_epochs(tmp_path):
+    run = tmp_path / "run"
+    assert fastadvisor.train(output=str(run), iterations=9, schedule="constant", **QUIET).summary["epochs"] == 2
+    assert cli.main(["train", "--config", str(run / "config.yaml"), "--output", str(run), "--resume", "--epochs", "3"]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (resolve(Config, run / "config.yaml").epochs, resolve(Config, run / "config.yaml").iterations) == (3, None)
+
+
 def test_steps_may_lie_further_on_if_none_has_been_passed(tmp_path, monkeypatch):
     whole, part = tmp_path / "whole", tmp_path / "part"
     usual = {**QUIET, "schedule": "step", "milestones": (0.75,)}

@@ -32,7 +32,6 @@ not know each other. A folder ``fastadvisor/<room>/`` is a room.
 PLACES = {
     "fastadvisor/__init__.py": "cli",  # the front door: names what the upper rooms offer, and imports it on first use
     "fastadvisor/__main__.py": "cli",
-    "fastadvisor/cli.py": "cli",
     "fastadvisor/recipes/__init__.py": "config",  # the defaults of the data sets, as YAML
     "fastadvisor/errors.py": "ground",
     "fastadvisor/version.py": "ground",
@@ -54,7 +53,6 @@ MOVING = {
     "fastadvisor/saved_run.py": "training",
     "fastadvisor/schedule.py": "training",
     "fastadvisor/trainer.py": "training",
-    "fastadvisor/config.py": "config",
 }
 """Files that have not been moved yet, with the room they are going to. Whoever moves one deletes its line."""
 

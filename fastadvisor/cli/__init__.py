@@ -1,34 +1,28 @@
 """The command line: ``fastadvisor train | compare | evaluate | export | replay | data check | recipes | env``.
 
-Flags are the fields of ``config.Config``. Whatever a user can put right ends as one sentence on stderr, exit status 2.
-Heavy modules (torch) are imported by the command that needs them: ``--help`` and a mistyped flag answer at once.
+Flags of train, compare and data check are the fields of their configuration (``flags.py``). Whatever a user can put right ends
+as one sentence on stderr, exit status 2. Heavy modules (torch) are imported by the command that needs them: ``--help`` and a
+mistyped flag answer at once.
 """
 
-import argparse
-import contextlib
-import dataclasses
 import errno
-import io
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import tyro
+from typing import Any
 
 from fastadvisor import config, recipes
+from fastadvisor.cli.flags import parse_config
+from fastadvisor.cli.parser import Parser, speaking_of
 from fastadvisor.config import local
 from fastadvisor.errors import Interrupted, UserError, nearest, too_many_open_files
 from fastadvisor.runtime import console
 from fastadvisor.version import __version__
 
-C = TypeVar("C", bound=config.Config)
-DECIDE_DEFAULTS = ("dataset", "noise", "labels")
-"""Flags that other settings' defaults depend on (``config.resolve``), so they are read before the rest."""
+__all__ = ["main", "parse_config"]
 
 HELP = """\
 usage: fastadvisor COMMAND [flags]
@@ -45,27 +39,9 @@ commands:
   recipes    list the settings that come along, for --config
   env        print versions, the device, and which optional parts are active
 
-'fastadvisor COMMAND --help' lists a command's flags; 'fastadvisor --version' prints the version.
+'fastadvisor COMMAND --help' lists a command's flags ('fastadvisor train --help-all' all of them);
+'fastadvisor --version' prints the version.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours: one sentence instead of the usage and a message."""
-
-    def __init__(self, prog: str, description: str = "", add_help: bool = True) -> None:
-        super().__init__(prog=prog, description=description, add_help=add_help, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise the message as a UserError."""
-        raise UserError(f"{message[0].upper()}{message[1:]}; see '{self.prog} --help'.")
-
-    def parse_all(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse ``args``; what is left over raises a UserError that names the nearest flag."""
-        values, left = self.parse_known_args(args)
-        check_flags(left, [flag for flag in self._option_string_actions if flag.startswith("--")])
-        if left:
-            raise UserError(f"Unexpected argument {left[0]!r}; see '{self.prog} --help'.")
-        return values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,114 +250,6 @@ def run_env(args: list[str]) -> None:
     print(table((name, "none" if value is None else str(value)) for name, value in environment().items()))
     print("\noptional parts")
     print(table((name, "active" if active else "inactive", why) for name, active, why in optional_parts()))
-
-
-@contextlib.contextmanager
-def speaking_of(parser: Parser, run: str) -> Iterator[None]:
-    """Let messages of the block name no flag that the command lacks: a setting of a run is a line of its config.yaml."""
-    own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config.Config)}
-    file = os.path.join(run, "config.yaml")
-
-    def named(match: re.Match[str]) -> str:
-        flag = match[0]
-        return flag if flag in own or flag not in known else f"{flag[2:].replace('-', '_')} in {file}"
-
-    try:
-        yield
-    except UserError as error:
-        parts = re.split(r"(\(fastadvisor [^)]*\)|'fastadvisor [^']*')", str(error))  # commands, which have flags of their own
-        raise UserError(
-            "".join(
-                p if at % 2 else re.sub(r"(?<![\w/.-])--[a-z][a-z0-9-]*(?![\w/]|\.\w)", named, p) for at, p in enumerate(parts)
-            )
-        ) from None
-
-
-def parse_config(kind: type[C], command: str, description: str, args: list[str]) -> C:
-    """Build a command's configuration from its flags, on top of ``--config`` and the data set's recipe.
-
-    Raises:
-        UserError: an unknown flag (names the nearest one), or a bad value.
-    """
-    pre = Parser(f"fastadvisor {command}", add_help=False)
-    pre.add_argument("--config", metavar="RECIPE|FILE")
-    for name in DECIDE_DEFAULTS:
-        pre.add_argument(f"--{name}")
-    known, rest = pre.parse_known_args(args)
-    rest = with_resume(rest)
-    switches = [field.name for field in dataclasses.fields(kind) if field.type is bool]
-    names = [field.name for field in dataclasses.fields(kind)] + [f"no_{name}" for name in switches]
-    check_flags(rest, ["--help", "--config", *(f"--{name.replace('_', '-')}" for name in names)])
-    check_switches(rest, switches)
-    chosen = {name: value for name in DECIDE_DEFAULTS if (value := getattr(known, name)) is not None}
-    base = config.resolve(kind, known.config, **{name: value for name, value in chosen.items() if value != "None"})
-    rest += [part for name, value in chosen.items() for part in (f"--{name}", value)]  # typed and checked with the others
-    return config.validated(kind, dataclasses.asdict(parse_flags(kind, base, command, description, rest)))
-
-
-def with_resume(args: list[str]) -> list[str]:
-    """Return ``args`` with the value of ``--resume``, which may stand alone, be followed by ``auto``, or be ``--no-resume``."""
-    given: list[str] = []
-    for at, arg in enumerate(args):
-        if arg == "--no-resume":
-            given += ["--resume", "False"]
-        elif arg == "--resume" and args[at + 1 : at + 2] not in (["auto"], ["True"], ["False"]):
-            given += ["--resume", "True"]
-        else:
-            given.append(arg)
-    return given
-
-
-def check_flags(args: Iterable[str], known: Sequence[str]) -> None:
-    """Raise a UserError that names the nearest flag for the first ``--flag`` in ``args`` that is not in ``known``."""
-    for arg in args:
-        flag = arg.partition("=")[0].replace("_", "-")
-        if arg.startswith("--") and arg != "--" and flag not in known:
-            raise UserError(f"Unknown flag {arg.partition('=')[0]}.{nearest(flag, known)}")
-
-
-def check_switches(args: Iterable[str], switches: Sequence[str]) -> None:
-    """Raise a UserError for ``--amp=true``: switches take no value, and tyro's message names only the value."""
-    for arg in args:
-        flag, equals, _ = arg.partition("=")
-        name = flag.removeprefix("--").replace("_", "-").removeprefix("no-")
-        if equals and name.replace("-", "_") in switches:
-            raise UserError(f"{flag} takes no value; write --{name} or --no-{name}.")
-
-
-def parse_flags(kind: type[C], base: C, command: str, description: str, args: list[str]) -> C:
-    """Read the flags with tyro, whose defaults are ``base``; its boxed message becomes one sentence.
-
-    Raises:
-        UserError: a missing value, a bad choice or number, or an argument that belongs to no flag.
-    """
-    prog = f"fastadvisor {command}"
-    if "-h" in args or "--help" in args:  # printed straight to the terminal, at its width and in its colours
-        listed = "\n".join(f"  {name}: {line}" for name, line in recipe_rows())
-        text = f"{description}\n\n--config RECIPE|FILE: settings of a recipe or a YAML file; flags win. Recipes:\n{listed}"
-        return tyro.cli(kind, default=base, args=args, prog=prog, description=text)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, default=base, args=args, prog=prog)
-    except SystemExit:
-        raise UserError(f"{sentence(printed.getvalue())} See '{prog} --help'.") from None
-
-
-def sentence(box: str) -> str:
-    """Return the message in what tyro prints: the paragraph under the title, without the frame."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in box.strip().splitlines()[1:]]
-    lines = [re.sub(r"^[-─╭╮╰╯├┤]{4,}$", "", line).strip() for line in lines]
-    paragraph = re.split(r"\n{2,}", "\n".join(lines).strip())[0]
-    # Titles vary with tyro's version; so does the frame. The first paragraph is the message in all of them.
-    text = " ".join(paragraph.split()).removeprefix("Error parsing ").rstrip(".") or "The flags could not be read"
-    text = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number", text)
-    text = re.sub(r"could not convert string to float: ('.*')", r"\1 is not a number", text)
-    text = re.sub(r"no type matching (.*) could be instantiated from \[(.*)\]", r"\2 is not of the form \1", text)
-    choice = re.search(r"invalid choice '(.*?)' .*?\((.*)\)", text)
-    near = nearest(choice[1], re.findall(r"'(.*?)'", choice[2])) if choice else ""
-    return f"{text[0].upper()}{text[1:]}.{near}"
 
 
 def recipe_rows() -> list[tuple[str, str]]:

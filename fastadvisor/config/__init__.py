@@ -1,0 +1,62 @@
+"""Every setting, typed, with its default, its source and what it belongs to.
+
+Names are flat: the field ``noise_rate``, the flag ``--noise-rate``, the YAML key ``noise_rate`` and the keyword
+``fastadvisor.train(noise_rate=0.4)`` are the same setting. ``Config`` is composed of small dataclasses, one a component
+(``data.py``, ``learning.py``, ``methods.py``, ``run.py``), and inherits from them, so a component takes its own dataclass and
+may be handed the whole configuration. The settings of a single method may live in its own file (``registry.py``).
+
+Layers, later ones win: the defaults, the data set's recipe (``recipes/<dataset>.yaml``), the file or recipe named by
+``config``, flags or keywords (``layers.py``).
+"""
+
+from fastadvisor.config.catalogue import Setting, settings_of
+from fastadvisor.config.data import DataConfig, LoaderConfig
+from fastadvisor.config.layers import check_keys, completed, configured, read_layer, resolve, to_dict, validated
+from fastadvisor.config.learning import MetaConfig, ModelConfig, OptimizerConfig
+from fastadvisor.config.metadata import ESSENTIAL, GIVEN, Count, Fraction, NonNegative, Only, Positive
+from fastadvisor.config.methods import MethodConfig
+from fastadvisor.config.near_misses import near_miss
+from fastadvisor.config.paths import LISTS, PATHS, absolute, local, moved
+from fastadvisor.config.registry import complete, methods_that_use, register_method, registered_methods, select
+from fastadvisor.config.run import RunConfig
+from fastadvisor.config.settings import CheckConfig, CompareConfig, Config
+
+__all__ = [
+    "ESSENTIAL",
+    "GIVEN",
+    "LISTS",
+    "PATHS",
+    "CheckConfig",
+    "CompareConfig",
+    "Config",
+    "Count",
+    "DataConfig",
+    "Fraction",
+    "LoaderConfig",
+    "MetaConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "NonNegative",
+    "Only",
+    "OptimizerConfig",
+    "Positive",
+    "RunConfig",
+    "Setting",
+    "absolute",
+    "check_keys",
+    "complete",
+    "completed",
+    "configured",
+    "local",
+    "methods_that_use",
+    "moved",
+    "near_miss",
+    "read_layer",
+    "register_method",
+    "registered_methods",
+    "resolve",
+    "select",
+    "settings_of",
+    "to_dict",
+    "validated",
+]
