@@ -132,8 +132,9 @@ def test_resume_continues_exactly(tmp_path, monkeypatch, changes):
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
     ends = [torch.load(run.folder / "last.pt", weights_only=True) for run in (whole, resumed)]
-    for part_ in ("advisor", "engine", "optimizer", "advisor_optimizer", "ranks", "progress", "execution", "average"):
-        assert same(ends[0][part_], ends[1][part_]), part_
+    assert ends[0].keys() == ends[1].keys()
+    for name in ends[0].keys() - {"history"}:  # whose times differ; compared above
+        assert same(ends[0][name], ends[1][name]), name
 
 
 def same(a, b):
