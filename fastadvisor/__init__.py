@@ -57,5 +57,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fastadvisor' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in ("Config", "CompareConfig"):
+        import_module("fastadvisor.methods")  # whose settings are among those of every configuration
+        from fastadvisor import config
+
+        return config.complete(getattr(config, name))
     module, attribute = _HOMES[name]
     return getattr(import_module(module), attribute)

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from fastadvisor import cli, config
+from fastadvisor.cli import flags
 from fastadvisor.errors import UserError
 
 
@@ -322,12 +324,12 @@ def test_flags_are_what_a_file_and_keywords_say(line, tmp_path):
         "--flip-map 1 0": {"flip_map": [1, 0]},
     }
     said |= {"--output=--strange": {"output": "--strange"}, "--lr 0.1 --lr 0.2": {"lr": 0.2}}
-    flags = outcome(lambda: cli.parse_config(config.Config, "train", "", line.split()))
-    assert flags == outcome(lambda: config.resolve(config.Config, **said[line]))
+    given = outcome(lambda: cli.parse_config(config.Config, "train", "", line.split()))
+    assert given == outcome(lambda: config.resolve(config.Config, **said[line]))
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(said[line]))
     file = outcome(lambda: config.resolve(config.Config, path))
-    assert flags == (file.replace(f" (from {path})", "") if isinstance(file, str) else file)
+    assert given == (file.replace(f" (from {path})", "") if isinstance(file, str) else file)
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "data check"])
@@ -382,6 +384,32 @@ def test_help_and_version_without_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("fastadvisor 0.")
+
+
+@pytest.mark.parametrize(
+    ("name", "may"), [("beta_draw", True), ("no_beta_draw", True), ("beta_drw", True), ("noise_rat", False), ("zzz", False)]
+)
+def test_what_may_be_a_setting_of_a_method(monkeypatch, name, may):
+    monkeypatch.setattr(flags, "settings_of", lambda kind: [field.name for field in dataclasses.fields(kind)])
+    assert flags.may_be_of_a_method(name, config.Config) == may
+
+
+@pytest.mark.parametrize("line", ["train --noise-rat 3", "train --epochs 0", "train --wandb", "compare --method ce", "train x"])
+def test_a_mistake_is_told_without_torch(line):
+    code = f"import sys; from fastadvisor.cli import main; assert main({line.split()}) == 2; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_opened_by_a_process_that_has_trained_nothing(tmp_path):
+    """Its config.yaml holds the settings of every method."""
+    run = str(tmp_path / "run")
+    usual = ["--device", "cpu", "--no-tensorboard", "--no-progress"]
+    assert cli.main(["train", "--method", "focal", "--focal-gamma", "2", "--epochs", "1", *usual, "--output", run]) == 0
+    assert yaml.safe_load(Path(run, "config.yaml").read_text())["focal_gamma"] == 2
+    done = subprocess.run([sys.executable, "-m", "fastadvisor", "evaluate", run], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "top1" in done.stdout
 
 
 def test_module_runs_with_exit_status():

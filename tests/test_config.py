@@ -26,6 +26,7 @@ from fastadvisor.config import (
     near_miss,
     read_layer,
     register_method,
+    registered_methods,
     registry,
     resolve,
     select,
@@ -35,6 +36,7 @@ from fastadvisor.config import (
 )
 from fastadvisor.config.near_misses import ANSWERS, OTHER_NAMES
 from fastadvisor.errors import UserError, nearest
+from fastadvisor.methods import METHODS
 
 
 @pytest.fixture
@@ -201,8 +203,9 @@ def focus():
     register_method("focus", Settings)
     yield
     registry._SETTINGS.clear()
-    for name, settings in before.items():
-        register_method(name, *settings)
+    registry._SETTINGS.update(before)
+    registry._completed.cache_clear()
+    registry._of_methods.cache_clear()
 
 
 def test_a_method_brings_its_own_settings(focus, layer):
@@ -297,3 +300,16 @@ def test_a_message_names_the_layer_that_a_value_is_from(layer):
         resolve(Config, layer("epochs: 3\n"), lr=-1)
     with pytest.raises(UserError, match=r"^epochs = 0 \(from .*mine.yaml\): input"):
         resolve(Config, layer("epochs: 0\n"), lr=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_registered(name):
+    assert name in registered_methods()
+    for setting in map(settings_of(Config).get, (field.name for field in dataclasses.fields(METHODS[name].Settings))):
+        assert name in setting.methods
+        assert setting.help.endswith((".", ")")), setting.name
+
+
+def test_from_python_a_method_has_its_settings():
+    assert fastadvisor.Config(method="mes", beta_probability=0.5).beta_probability == 0.5
+    assert resolve(Config, method="finetune", finetune_fraction=0.5).finetune_fraction == 0.5

@@ -5,14 +5,18 @@ A flag is a field of ``config.Config``: ``--noise-rate 0.4``, ``--noise-rate=0.4
 file are.
 """
 
+import difflib
+import importlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Literal, NoReturn, TypeVar
 
 from fastadvisor import config
 from fastadvisor.cli.belonging import check_belonging
 from fastadvisor.cli.help import page
-from fastadvisor.config import Setting, near_miss, settings_of
+from fastadvisor.config import Setting, UnknownSetting, near_miss, settings_of
 from fastadvisor.errors import UserError, nearest
 
 C = TypeVar("C", bound=config.Config)
@@ -53,6 +57,35 @@ def parse_config(kind: type[C], command: str, description: str, args: Sequence[s
         UserError: an unknown flag, one that nothing would read, or a bad value.
         SystemExit: a page of help was asked for, and has been printed.
     """
+    if not {"--help-all", "--help_all"} & set(args):
+        try:
+            _parse(kind, command, description, args)  # mistakes, and the first page of help, need not wait for torch
+        except UnknownSetting as error:
+            if not may_be_of_a_method(error.name, kind):
+                raise
+    load_methods()
+    resolved, flags = _parse(kind, command, description, args)
+    check_belonging(settings_of(kind), flags.values, resolved)
+    return resolved
+
+
+def may_be_of_a_method(name: str, kind: type[config.Config]) -> bool:
+    """Whether the setting ``name``, or what it is a slip of, may be one that a method brings along.
+
+    The files of the methods are searched for such a field, since importing them imports torch.
+    """
+    texts = [file.read_text("utf-8") for file in (files("fastadvisor") / "methods").iterdir() if file.name.endswith(".py")]
+    known = set(settings_of(kind))
+    fields = {field for text in texts for field in re.findall(r"^ +(\w+): ", text, re.MULTILINE)} - known
+    return bool({name, name.removeprefix("no_"), *difflib.get_close_matches(name, [*fields, *known], n=1)} & fields)
+
+
+def load_methods() -> None:
+    """Import the methods, which register their settings; they import torch."""
+    importlib.import_module("fastadvisor.methods")
+
+
+def _parse(kind: type[C], command: str, description: str, args: Sequence[str]) -> tuple[C, Flags]:
     settings = flags_of(kind)
     flags = read_flags(settings, args, command)
     if flags.help is not None:
@@ -62,9 +95,7 @@ def parse_config(kind: type[C], command: str, description: str, args: Sequence[s
         raise SystemExit(0)
     if {"epochs", "iterations"} <= flags.values.keys() and flags.values["iterations"] is not None:
         raise UserError("--epochs and --iterations both say how long the run is: drop one of the two.")
-    resolved = config.resolve(kind, flags.config, **flags.values)
-    check_belonging(settings_of(kind), flags.values, resolved)
-    return resolved
+    return config.resolve(kind, flags.config, **flags.values), flags
 
 
 def flags_of(kind: type[config.Config]) -> dict[str, Setting]:
@@ -153,4 +184,5 @@ def refuse_flag(flag: str, known: Collection[str], command: str) -> NoReturn:
             raise UserError(f"{flag} is a flag of 'fastadvisor {other}', and 'fastadvisor {command}' does not have it.{near}")
     if command in COMMANDS and (answer := near_miss(name, known)) is not None:
         raise UserError(f"Unknown flag {flag}: {answer}")
-    raise UserError(f"Unknown flag {flag}.{nearest(flag.replace('_', '-'), [f'--{one}'.replace('_', '-') for one in known])}")
+    flags = [f"--{one.replace('_', '-')}" for one in known]
+    raise UnknownSetting(f"Unknown flag {flag}.{nearest(flag.replace('_', '-'), flags)}", name)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastadvisor import recipes
-from fastadvisor.config import PATHS, Setting
+from fastadvisor.config import PATHS, Setting, registered_methods
 
 WIDTH = 80
 """Columns of a page, on a wider terminal too."""
@@ -55,6 +55,8 @@ def _entry(setting: Setting, default: Any, width: int) -> str:
     choices = [one for one in setting.choices if one != "auto" or not _is_optional_switch(setting)]
     unnamed = [one for one in choices if f"{one}:" not in setting.help]
     one_of = f" One of {', '.join(choices)}." if choices and unnamed and not _is_optional_switch(setting) else ""
+    if setting.name == "method" and registered_methods():
+        one_of = f" One of {', '.join(registered_methods())}."
     text = f"{setting.help}{one_of} (default:{HARD}{_shown(default)})"
     return _columns(_written(setting, default), text, width)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 def speaking_of(parser: Parser, run: str) -> Iterator[None]:
     """Let messages of the block name no flag that the command lacks: a setting of a run is a line of its config.yaml."""
     own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    known = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config.Config)}
+    known = {setting.flag for setting in config.settings_of(config.Config).values()}
     file = os.path.join(run, "config.yaml")
 
     def named(match: re.Match[str]) -> str:

@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fastadvisor.commands.train import train_config
-from fastadvisor.config import CompareConfig, Config
+from fastadvisor.config import CompareConfig, Config, complete, select
 from fastadvisor.datasets import Source
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.runtime.run_folder import RunFolder
@@ -83,8 +83,7 @@ def summary_of(
 
 
 def _run_settings(config: CompareConfig, method: str, seed: int, run: Path, resume: bool) -> Config:
-    settings = {field.name: getattr(config, field.name) for field in fields(Config)}
-    return replace(Config(**settings), method=method, seed=seed, output=str(run), resume=resume)
+    return replace(select(complete(Config), config), method=method, seed=seed, output=str(run), resume=resume)
 
 
 def _read_summary(run: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 from fastadvisor.commands import dry_run
 from fastadvisor.commands.dry_run import DryRun
-from fastadvisor.config import Config, configured
+from fastadvisor.config import Config, configured, select
 from fastadvisor.datasets import Source, TrainingData, load_source, prepare
 from fastadvisor.datasets.fingerprint import fingerprint
 from fastadvisor.errors import Interrupted, OutOfMemoryError, UserError
@@ -94,8 +94,9 @@ def check_config(config: Config) -> None:
             f"--virtual-step optimizer knows sgd alone: take --virtual-step sgd with --optimizer {config.optimizer}."
         )
     if config.accumulate > 1:
+        method = METHODS[config.method]
         flags = (
-            METHODS[config.method].needs_whole_batch(config),
+            method.needs_whole_batch(select(method.Settings, config)),
             "--advisor-inputs attached" if config.advisor_inputs == "attached" else None,
             "--approx-layers learned" if config.approx_meta and config.approx_layers == "learned" else None,
             "--meta-engine reference" if config.meta_engine == "reference" else None,

@@ -11,10 +11,10 @@ Layers, later ones win: the defaults, the data set's recipe (``recipes/<dataset>
 
 from fastadvisor.config.catalogue import Setting, settings_of
 from fastadvisor.config.data import DataConfig, LoaderConfig
-from fastadvisor.config.layers import check_keys, completed, configured, read_layer, resolve, to_dict, validated
+from fastadvisor.config.layers import UnknownSetting, check_keys, completed, configured, read_layer, resolve, to_dict, validated
 from fastadvisor.config.learning import MetaConfig, ModelConfig, OptimizerConfig
 from fastadvisor.config.metadata import ESSENTIAL, GIVEN, Count, Fraction, NonNegative, Only, Positive
-from fastadvisor.config.methods import MethodConfig
+from fastadvisor.config.methods import AdvisorConfig, MethodConfig
 from fastadvisor.config.near_misses import near_miss
 from fastadvisor.config.paths import LISTS, PATHS, absolute, local, moved
 from fastadvisor.config.registry import complete, methods_that_use, register_method, registered_methods, select
@@ -26,6 +26,7 @@ __all__ = [
     "GIVEN",
     "LISTS",
     "PATHS",
+    "AdvisorConfig",
     "CheckConfig",
     "CompareConfig",
     "Config",
@@ -42,6 +43,7 @@ __all__ = [
     "Positive",
     "RunConfig",
     "Setting",
+    "UnknownSetting",
     "absolute",
     "check_keys",
     "complete",

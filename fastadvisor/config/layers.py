@@ -28,6 +28,19 @@ from fastadvisor.errors import UserError, nearest
 C = TypeVar("C", bound=Config)
 
 
+class UnknownSetting(UserError):
+    """A name that is none of a setting: of none that has been declared so far.
+
+    Args:
+        message: for the user.
+        name: with underscores.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 def read_layer(named: str | os.PathLike[str]) -> dict[str, Any]:
     """Read one YAML layer: a recipe by name (``cifar-flip``) or a file by path.
 
@@ -124,8 +137,9 @@ def check_keys(kind: type[Config], layer: Mapping[Any, Any], origin: str) -> Non
             continue
         if (answer := near_miss(str(key), known)) is not None:
             raise UserError(f"Unknown key {str(key)!r}{origin}: {answer}")
-        near = nearest(str(key).replace("-", "_"), known)
-        raise UserError(f"Unknown key {str(key)!r}{origin}.{near} 'fastadvisor train --help-all' lists them all.")
+        name = str(key).replace("-", "_")
+        message = f"Unknown key {str(key)!r}{origin}.{nearest(name, known)} 'fastadvisor train --help-all' lists them all."
+        raise UnknownSetting(message, name)
 
 
 def validated(kind: type[C], values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> C:

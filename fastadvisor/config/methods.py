@@ -1,15 +1,14 @@
-"""Settings of the methods, and which method uses which.
+"""Which method, and the settings that many methods share.
 
-The settings of one method belong in that method's file, as ``Settings``: :func:`fastadvisor.config.register_method` makes them
-settings of every configuration.
+Those of one method are in that method's file, as ``Settings``: :func:`fastadvisor.config.register_method` makes them settings
+of every configuration.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from fastadvisor.config.learning import MetaConfig
-from fastadvisor.config.metadata import ESSENTIAL, Count, Fraction, NonNegative, Positive
-from fastadvisor.config.registry import register_method
+from fastadvisor.config.metadata import ESSENTIAL, Count, NonNegative, Positive
 
 
 @dataclass
@@ -19,12 +18,16 @@ class ChoiceConfig:
     TITLE: ClassVar = "Method"
 
     method: Annotated[str, ESSENTIAL] = "mfrw-mes"
-    """mfrw, mes, mfrw-mes, mw-net, l2rw, or a floor: ce, meta-only, finetune."""
+    """mfrw-mes, mfrw, mes, mw-net, l2rw, a floor (ce, meta-only, finetune), or another: --help-all lists all, with their
+    settings."""
 
 
 @dataclass
 class AdvisorConfig:
     """The advisor (paper 3.5, 4.2)."""
+
+    TITLE: ClassVar = "Advisor"
+    USES: ClassVar[tuple[type, ...]] = (MetaConfig,)
 
     advisor_width: Count = 100
     """Size of each embedding of the advisor (paper 4.2)."""
@@ -35,43 +38,5 @@ class AdvisorConfig:
 
 
 @dataclass
-class BetaConfig:
-    """The equalised softmax (paper 3.4)."""
-
-    beta_probability: Fraction = 0.9
-    """Probability rho that beta is 1 (paper 4.2)."""
-    beta_draw: Literal["class", "sample", "batch", "expected"] = "class"
-    """What one draw of beta covers; expected: beta is rho itself."""
-
-
-@dataclass
-class WeightConfig:
-    """Meta-Weight-Net."""
-
-    weight_normalization: Literal["none", "sum"] = "none"
-    """none for label noise (mean of weighted losses), sum for long tails (weights sum to 1)."""
-
-
-@dataclass
-class FinetuneConfig:
-    """The second part of a run of finetune."""
-
-    finetune_fraction: Fraction = 0.2
-    """Last part of the epochs, spent on the meta-set."""
-    finetune_lr_factor: Positive = 0.1
-    """Learning rate of that part, over --lr."""
-
-
-@dataclass
-class MethodConfig(FinetuneConfig, WeightConfig, BetaConfig, AdvisorConfig, ChoiceConfig):
+class MethodConfig(AdvisorConfig, ChoiceConfig):
     """The method and its advisor."""
-
-
-register_method("ce")
-register_method("meta-only")
-register_method("finetune", FinetuneConfig)
-register_method("l2rw", MetaConfig)
-register_method("mw-net", AdvisorConfig, WeightConfig, MetaConfig)
-register_method("mfrw", AdvisorConfig, MetaConfig)
-register_method("mes", AdvisorConfig, BetaConfig, MetaConfig)
-register_method("mfrw-mes", AdvisorConfig, BetaConfig, MetaConfig)

@@ -73,7 +73,9 @@ ANSWERS = {
     "loss criterion loss_function": "--method chooses the loss.",
     "class_weights class_weight weighted": "there are no fixed class weights; --method mw-net or l2rw learns one a sample.",
     "lr_min min_lr eta_min": "--schedule cosine ends at 0; there is no other floor.",
-    "freeze freeze_backbone linear_probe": "no part of the classifier is frozen; --layer-decay slows the lower layers down.",
+    "freeze freeze_backbone linear_probe": (
+        "--method crt trains the head alone in its second part; --layer-decay slows the lower layers down."
+    ),
     "compile torch_compile": "torch.compile is not used.",
     "fold folds kfold k_fold cv": "there is no cross-validation; fastadvisor compare --seeds repeats a run with other seeds.",
     "val_split validation_split val_size val_fraction": (

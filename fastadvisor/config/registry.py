@@ -15,23 +15,24 @@ _SETTINGS: dict[str, tuple[type, ...]] = {}
 """By the name of the method."""
 
 
-def register_method(name: str, *settings: type) -> None:
+def register_method(name: str, settings: type) -> None:
     """Declare what settings a method uses, beside those that every run has.
 
     Args:
         name: of the method.
-        settings: dataclasses: the method's own ``Settings``, and shared ones that not every method uses, such as
-            ``MetaConfig``. A field that two methods have is one setting.
+        settings: a dataclass, the method's ``Settings``. It may name shared ones that come along in a class variable ``USES``,
+            as the settings of an advisor name ``MetaConfig``. A field that two methods have is one setting.
 
     Raises:
         TypeError: another method has a field of the same name and another type or default.
     """
-    for kind in settings:
+    used = (settings, *getattr(settings, "USES", ()))
+    for kind in used:
         for field, hint in _typed_fields(kind):
             for other, theirs in _of_methods().get(field.name, {}).items():
                 if theirs != (repr(hint), _default(field)):
                     raise TypeError(f"The setting {field.name} of {name} has another type or default than that of {other}.")
-    _SETTINGS[name] = settings
+    _SETTINGS[name] = used
     _completed.cache_clear()
     _of_methods.cache_clear()
 

@@ -1,9 +1,9 @@
 """Methods by name. To add one: a file with a subclass of ``Method``, and a line here."""
 
-from fastadvisor.config import MethodConfig
+from fastadvisor.config import MethodConfig, register_method, select
 from fastadvisor.errors import UserError, nearest
 from fastadvisor.methods.balanced_softmax import BalancedSoftmax
-from fastadvisor.methods.base import Advice, Clock, DataFacts, Method, Seen, settings_of
+from fastadvisor.methods.base import Advice, Clock, DataFacts, Method, Seen
 from fastadvisor.methods.ce import CrossEntropy
 from fastadvisor.methods.crt import CRT
 from fastadvisor.methods.elr import ELR
@@ -32,6 +32,9 @@ METHODS: dict[str, type[Method]] = {
     "crt": CRT,
 }
 
+for _name, _kind in METHODS.items():
+    register_method(_name, _kind.Settings)  # they are settings of every configuration from here on
+
 __all__ = ["METHODS", "Advice", "Clock", "DataFacts", "Method", "Seen", "Stage", "build_method", "check_method"]
 
 
@@ -54,4 +57,4 @@ def build_method(config: MethodConfig, features: int, facts: DataFacts) -> Metho
     """
     check_method(config.method)
     kind = METHODS[config.method]
-    return kind(settings_of(kind, config), features, facts)
+    return kind(select(kind.Settings, config), features, facts)

@@ -1,23 +1,7 @@
 """The advisor network Ψ (paper 3.5). Shapes: B samples, D features, C classes."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-
-from fastadvisor.config import Count, NonNegative, Positive
-
-
-@dataclass
-class AdvisorSettings:
-    """What methods with an advisor can be told about it."""
-
-    advisor_width: Count = 100
-    """Size of each embedding of the advisor (paper 4.2)."""
-    advisor_lr: Positive | None = None
-    """Adam learning rate of the advisor; none: the method's own (advisor networks 1e-4, mw-net 1e-3)."""
-    advisor_weight_decay: NonNegative | None = None
-    """Adam weight decay of the advisor; none: the method's own (advisor networks 0, mw-net 1e-4)."""
 
 
 class Advisor(nn.Module):

@@ -5,7 +5,7 @@ the sigmoid.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -217,9 +217,3 @@ class Adjusted(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the adjusted logits."""
         return self.method.adjust(self.model(images))
-
-
-def settings_of(kind: type[Method], config: object) -> Any:
-    """Return the ``Settings`` of the method ``kind`` as ``config`` has them by name; the defaults where it has none."""
-    own = kind.Settings
-    return own(**{field.name: getattr(config, field.name) for field in fields(own) if hasattr(config, field.name)})

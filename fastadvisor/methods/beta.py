@@ -16,9 +16,9 @@ class BetaSettings:
     """What methods with MES's loss can be told about β."""
 
     beta_probability: Fraction = 0.9
-    """mes: probability rho that beta is 1 (paper 4.2)."""
+    """Probability rho that beta is 1 (paper 4.2)."""
     beta_draw: Literal["class", "sample", "batch", "expected"] = "class"
-    """mes: what one draw of beta covers; expected: beta is rho itself."""
+    """What one draw of beta covers; expected: beta is rho itself."""
 
 
 def draw_beta(settings: BetaSettings, rows: int, classes: int, device: torch.device) -> Beta:

@@ -15,9 +15,9 @@ class CRT(Method):
         """The second stage."""
 
         crt_fraction: Fraction = 0.1
-        """crt: last part of the epochs, in which a new head is trained alone (10 of 100 epochs in the paper)."""
+        """Last part of the epochs, in which a new head is trained alone (10 of 100 epochs in the paper)."""
         crt_lr_factor: Positive = 1.0
-        """crt: learning rate of that part, over --lr; its schedule begins anew."""
+        """Learning rate of that part, over --lr; its schedule begins anew."""
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the two stages."""

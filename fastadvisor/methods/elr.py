@@ -20,9 +20,9 @@ class ELR(Method):
         """The moving average, and how much it counts."""
 
         elr_momentum: Fraction = 0.7
-        """elr: share of the old predictions in the moving average (CIFAR-10 0.7, CIFAR-100 0.9)."""
+        """Share of the old predictions in the moving average (CIFAR-10 0.7, CIFAR-100 0.9)."""
         elr_weight: NonNegative = 3.0
-        """elr: weight lambda of the regularisation (CIFAR-10 3, CIFAR-100 7)."""
+        """Weight lambda of the regularisation (CIFAR-10 3, CIFAR-100 7)."""
 
     needs: ClassVar[tuple[str, ...]] = ("samples",)
     targets: Tensor

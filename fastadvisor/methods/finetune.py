@@ -15,9 +15,9 @@ class Finetune(Method):
         """The second part of the run."""
 
         finetune_fraction: Fraction = 0.2
-        """finetune: last part of the epochs, spent on the meta-set."""
+        """Last part of the epochs, spent on the meta-set."""
         finetune_lr_factor: Positive = 0.1
-        """finetune: learning rate of that part, over --lr."""
+        """Learning rate of that part, over --lr."""
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the two stages."""

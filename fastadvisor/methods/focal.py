@@ -18,7 +18,7 @@ class Focal(Method):
         """The exponent."""
 
         focal_gamma: NonNegative = 1.0
-        """focal: exponent gamma; 0 is plain cross-entropy."""
+        """Exponent gamma; 0 is plain cross-entropy."""
 
     def sample_losses(self, z_BC: Tensor, batch: Batch) -> Tensor:
         """Return the focal losses (B,)."""

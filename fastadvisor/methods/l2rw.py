@@ -1,11 +1,13 @@
 """Learning to Reweight Examples (Ren et al. 2018): every batch finds the weights of its own samples."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastadvisor.config import MetaConfig
 from fastadvisor.methods.base import Advice, DataFacts, Method, Seen
 
 
@@ -16,16 +18,22 @@ class L2RW(Method):
     are today's, so the virtual step costs nothing.
     """
 
-    of_one_batch: ClassVar[bool] = True
+    @dataclass
+    class Settings:
+        """None of its own, and those of the meta-gradient."""
 
-    def __init__(self, settings: Method.Settings, features: int, facts: DataFacts) -> None:
-        super().__init__(settings, features, facts)
-        self._weight_B: Tensor | None = None
+        USES: ClassVar[tuple[type, ...]] = (MetaConfig,)
 
     @classmethod
-    def needs_whole_batch(cls, settings: Any) -> str:
+    def needs_whole_batch(cls, settings: Settings) -> str | None:
         """Return the method itself: its weights sum to 1 over the batch."""
         return "--method l2rw"
+
+    of_one_batch: ClassVar[bool] = True
+
+    def __init__(self, settings: Settings, features: int, facts: DataFacts) -> None:
+        super().__init__(settings, features, facts)
+        self._weight_B: Tensor | None = None
 
     @property
     def learns(self) -> bool:

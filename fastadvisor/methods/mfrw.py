@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from fastadvisor.methods.advisor import Advisor, AdvisorSettings
+from fastadvisor.config import AdvisorConfig
+from fastadvisor.methods.advisor import Advisor
 from fastadvisor.methods.base import Advice, DataFacts, Method, Seen
 
 
@@ -10,7 +11,7 @@ class MFRW(Method):
     """Cross-entropy on f ⊙ σ(u); unmasked at the meta step and at test time."""
 
     @dataclass
-    class Settings(AdvisorSettings):
+    class Settings(AdvisorConfig):
         """Those of the advisor."""
 
     def __init__(self, settings: Settings, features: int, facts: DataFacts) -> None:

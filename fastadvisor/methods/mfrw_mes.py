@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastadvisor.methods.advisor import Advisor, AdvisorSettings
+from fastadvisor.config import AdvisorConfig
+from fastadvisor.methods.advisor import Advisor
 from fastadvisor.methods.base import Advice, DataFacts, Method, Seen
 from fastadvisor.methods.beta import BetaSettings, draw_beta
 from fastadvisor_kernels import Beta
@@ -14,7 +15,7 @@ class MFRWMES(Method):
     """Equalised softmax cross-entropy on masked features."""
 
     @dataclass
-    class Settings(BetaSettings, AdvisorSettings):
+    class Settings(BetaSettings, AdvisorConfig):
         """Those of the advisor and of β."""
 
     def __init__(self, settings: Settings, features: int, facts: DataFacts) -> None:

@@ -11,6 +11,7 @@ from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import TrainingData, load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.loading.choose import geometry_of
+from fastadvisor.methods import check_method  # and the methods' settings, which the run's file holds, are known
 from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime.run_folder import RunFolder
@@ -47,6 +48,7 @@ class SavedRun:
         if not os.path.isfile(opened.config):  # Path.is_file raises where the folder may not be read
             raise UserError(f"{opened.path} is not a run folder (no config.yaml in it); name the folder that train printed.")
         config = resolve(Config, str(opened.config), **({} if data_root is None else {"data_root": data_root}))
+        check_method(config.method)
         config.pretrained, config.weights = False, None
         return cls(opened, config)
 

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import dropout, linear, normalize
 
-from fastadvisor.config import MethodConfig
 from fastadvisor.iterations import build_iteration
 from fastadvisor.loading.batch import Batch
-from fastadvisor.methods import METHODS, DataFacts, Method, settings_of
+from fastadvisor.methods import METHODS, DataFacts, Method
 from fastadvisor.models import SplitClassifier, split
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.runtime.execution import Execution
@@ -154,10 +153,9 @@ class Problem:
 def problem(method="mfrw-mes", network="batchnorm", dtype=torch.float64, method_class=None, **settings):
     torch.manual_seed(0)
     model = split({**NETWORKS, **HEADS}[network](), network, (SIZE, SIZE), CLASSES).to(dtype)
-    config = MethodConfig(method=method, **settings)
     features = model.head.in_features
     kind = METHODS[method] if method_class is None else method_class
-    built = kind(settings_of(kind, config), features, FACTS).to(dtype)
+    built = kind(kind.Settings(**settings), features, FACTS).to(dtype)
     generator = torch.Generator().manual_seed(3)
     return Problem(model, built, batch(16, generator, dtype), batch(10, generator, dtype))
 

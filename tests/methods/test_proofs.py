@@ -8,11 +8,10 @@ from torch.nn.functional import cross_entropy
 
 import fastadvisor
 from fastadvisor import losses
-from fastadvisor.config import Config, resolve
+from fastadvisor.config import Config, resolve, select
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.loading.batch import Batch
 from fastadvisor.methods import METHODS, DataFacts
-from fastadvisor.methods.base import settings_of
 from fastadvisor.runtime import checkpoint
 from fastadvisor.training.trainer import Trainer
 from tests.faults.kills import left_by, same
@@ -36,9 +35,9 @@ def trainer(**changes):
 
 def test_settings_come_from_the_configuration_by_name_and_are_the_defaults_elsewhere():
     config = resolve(Config, advisor_width=7, advisor_lr=0.5)
-    settings = settings_of(METHODS["mfrw-mes"], config)
+    settings = select(METHODS["mfrw-mes"].Settings, config)
     assert (settings.advisor_width, settings.beta_draw, settings.advisor_lr) == (7, "class", 0.5)
-    assert settings_of(METHODS["focal"], object()).focal_gamma == 1.0
+    assert select(METHODS["focal"].Settings, object()).focal_gamma == 1.0
 
 
 def test_focal():
