@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.tables import about, command, place, publish
-from fastadvisor.assembly import build_step
 from fastadvisor.cli import parse_config
 from fastadvisor.config import Config
 from fastadvisor.datasets import load_source, prepare
@@ -31,6 +30,7 @@ from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.runtime.run_folder import RunFolder
+from fastadvisor.training.assembly import build_step
 from fastadvisor.training.trainer import Trainer
 
 GATE = 0.99

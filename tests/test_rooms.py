@@ -39,28 +39,6 @@ PLACES = {
 }
 """Files whose room is not the folder that they lie in."""
 
-MOVING = {
-    "fastadvisor/comparison.py": "commands",
-    "fastadvisor/exporter.py": "commands",
-    "fastadvisor/launch.py": "commands",
-    "fastadvisor/rehearsal.py": "commands",
-    "fastadvisor/replay.py": "commands",
-    "fastadvisor/assembly.py": "training",
-    "fastadvisor/evaluation.py": "training",
-    "fastadvisor/optimizers.py": "training",
-    "fastadvisor/progress.py": "training",
-    "fastadvisor/reporting.py": "training",
-    "fastadvisor/saved_run.py": "training",
-    "fastadvisor/schedule.py": "training",
-    "fastadvisor/trainer.py": "training",
-}
-"""Files that have not been moved yet, with the room they are going to. Whoever moves one deletes its line."""
-
-KNOWN: set[tuple[str, str]] = {
-    ("fastadvisor/trainer.py", "fastadvisor/replay.py"),  # a circle, too; the trainer is to write its record by itself
-}
-"""Arrows (from, to) that are wrong today. This list only shrinks: whoever mends an arrow deletes its line."""
-
 
 class Arrow(NamedTuple):
     """One import."""
@@ -163,31 +141,23 @@ def circles(found: Collection[Arrow]) -> list[list[Arrow]]:
 
 
 ARROWS = list(arrows(ROOT))
-HOUSE = PLACES | MOVING
 
 
 def test_imports_run_down_only():
-    wrong = [why for arrow, why in wrong_way(ARROWS, HOUSE).items() if (arrow.file, arrow.to) not in KNOWN]
-    assert not wrong, "\n" + "\n".join(wrong)
+    wrong = wrong_way(ARROWS, PLACES)
+    assert not wrong, "\n" + "\n".join(wrong.values())
 
 
 def test_no_imports_in_a_circle():
-    found = circles([arrow for arrow in ARROWS if (arrow.file, arrow.to) not in KNOWN])
+    found = circles(ARROWS)
     assert not found, "\n" + "\n".join("A circle: " + ", ".join(map(str, circle)) + "." for circle in found)
 
 
 def test_every_file_is_in_a_room():
     for path in files(ROOT):
-        room(path, HOUSE)
-
-
-def test_the_lists_of_what_is_still_to_do_only_shrink():
-    wrong = {(arrow.file, arrow.to) for arrow in wrong_way(ARROWS, HOUSE)}
-    in_circles = {(arrow.file, arrow.to) for circle in circles(ARROWS) for arrow in circle}
-    mended = [f"{file} -> {to}" for file, to in sorted(KNOWN - wrong - in_circles)]
-    assert not mended, f"These arrows of KNOWN are mended or gone, delete their lines: {'; '.join(mended)}."
-    gone = [path for path in HOUSE if not (ROOT / path).is_file()]
-    assert not gone, f"These files are gone, delete their lines in PLACES or MOVING: {', '.join(gone)}."
+        room(path, PLACES)
+    gone = [path for path in PLACES if not (ROOT / path).is_file()]
+    assert not gone, f"These files are gone, delete their lines in PLACES: {', '.join(gone)}."
 
 
 # ---- the test itself ----

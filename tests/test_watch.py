@@ -9,9 +9,10 @@ from functools import partialmethod
 import pytest
 import torch
 
-from fastadvisor import assembly, cli
+from fastadvisor import cli
 from fastadvisor.commands import dry_run
 from fastadvisor.commands import train as train_command
+from fastadvisor.commands.replay import replay
 from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
@@ -25,8 +26,7 @@ from fastadvisor.runtime import watch as watching
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.watch import NonFiniteError, Watch
-from fastadvisor.training import replay_record
-from fastadvisor.training.replay_record import replay
+from fastadvisor.training import assembly, replay_record
 from fastadvisor.training.trainer import Trainer
 from tests.faults import soak
 from tests.faults.kills import same

@@ -203,7 +203,7 @@ def run_replay(args: list[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: auto)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     flags = parser.parse_all(args)
-    from fastadvisor.training.replay_record import replay
+    from fastadvisor.commands.replay import replay
 
     with speaking_of(parser, flags.run):
         result = replay(flags.run, device=flags.device)

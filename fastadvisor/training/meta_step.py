@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.assembly import build_step
 from fastadvisor.config import Config, MetaConfig, validated
 from fastadvisor.errors import UserError, nearest
 from fastadvisor.iterations import StepResult
@@ -20,6 +19,7 @@ from fastadvisor.runtime.precision import amp_dtype
 from fastadvisor.runtime.ranks import ALONE
 from fastadvisor.runtime.state import Module, load_parts, save_parts
 from fastadvisor.runtime.watch import NonFiniteError
+from fastadvisor.training.assembly import build_step
 
 OF_THE_STEP = ("clip_grad_norm", "amp", "amp_dtype", "nan_policy")
 """Settings of a run, besides those of the method and the meta-gradient, that a step takes."""

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastadvisor.assembly import build_step
 from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import Interrupted, UserError
@@ -42,6 +41,7 @@ from fastadvisor.runtime.state import Fixed, Module, Part, RandomStates, Value, 
 from fastadvisor.runtime.timer import StepTimer, median
 from fastadvisor.runtime.watch import NonFiniteError
 from fastadvisor.training import messages, replay_record
+from fastadvisor.training.assembly import build_step
 from fastadvisor.training.epoch import Progress
 from fastadvisor.training.evaluation import Accuracy, accuracy
 from fastadvisor.training.observers import Lines, Metrics, Observer, ProgressBar, Scalars

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from fastadvisor.training.replay_record import replay
+from fastadvisor.commands.replay import replay
 from tests.distributed.test_equivalence import PATHS, torchrun
 from tests.faults import kills
 
