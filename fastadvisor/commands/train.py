@@ -143,7 +143,7 @@ def _run(trainer: Trainer, begun: RunFolder | None) -> TrainResult:
         begun = RunFolder(Path(ranks.share(None if folder is None else str(folder.path))))
     elif begun.last.is_file():  # else the run was cut off before its first save
         trainer.restore(begun.last)
-        trainer.check_length(begun.length(), begun.last)
+        trainer.timetable.check_continues(begun.length(), trainer.steps_taken, begun.last)
     if ranks.first:
         begun.clear_temporary()
         begun.keep_metrics(trainer.epoch)

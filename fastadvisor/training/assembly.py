@@ -3,11 +3,14 @@
 import torch
 
 from fastadvisor.config import Config
+from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration, build_iteration
+from fastadvisor.loading import Loaders
 from fastadvisor.metagrad import Engine, build_engine, meta_schedule
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier
 from fastadvisor.runtime.execution import Execution
+from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.watch import Watch
 from fastadvisor.training.optimizers import TORCH, build_optimizer
 from fastadvisor.training.parameter_groups import parameter_groups
@@ -85,3 +88,26 @@ def _advisor_optimizer(config: Config, method: Method, *, fused: bool) -> torch.
         weight_decay=method.advisor_weight_decay if decay is None else decay,
         fused=fused or None,
     )
+
+
+def check_batches_of_one(config: Config, model: SplitClassifier, loaders: Loaders, ranks: Ranks) -> None:
+    """Find out before the first step, not in it, whether ``model`` would normalise over a single value.
+
+    Raises:
+        UserError: it would; names the flag to raise.
+    """
+    both = ("--batch-size", loaders.train), ("--meta-batch-size", loaders.meta)
+    ones = [flag for flag, loader in both if loader.batch_size == config.accumulate]
+    if not ones:
+        return
+    model.train()
+    pieces = config.accumulate * ranks.count
+    try:
+        with torch.no_grad(), model.frozen_statistics():
+            model(torch.zeros(1, 3, loaders.size, loaders.size, device=model.device))
+    except ValueError:
+        left = "is 1" if pieces == 1 else f"leaves 1 image to each of {pieces} parts"
+        raise UserError(
+            f"{ones[0]} {left}, and the batch normalisation of {config.model} needs more than one image of "
+            f"{loaders.size}×{loaders.size} pixels: raise it."
+        ) from None

@@ -7,6 +7,7 @@ import torch
 
 from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
+from fastadvisor.iterations import Iteration, OneStepBehind
 from fastadvisor.runtime.timer import median
 
 
@@ -104,3 +105,12 @@ def results(summary: dict[str, Any]) -> str:
         f"test accuracy {top1['last']:.2f} % last, {top1['peak']:.2f} % peak, {top1['mean_last5']:.2f} % mean of last five; "
         f"{summary['step_ms_median']:.1f} ms a step, {summary['images_per_second']:,.0f} images/s"
     )
+
+
+def describe_meta_gradient(step: Iteration) -> str | None:
+    """Say how the meta-gradient is computed; None where the method needs none."""
+    if step.engine is None:
+        return None
+    when = "" if step.interval == 1 else f"; every {step.interval} iterations"
+    behind = "; the advisor one step behind" if isinstance(step, OneStepBehind) else ""
+    return f"{step.engine.describe()}{when}{behind}"

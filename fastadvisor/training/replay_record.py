@@ -3,6 +3,9 @@
 ``fastadvisor replay`` takes that iteration again (commands/replay.py).
 """
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastadvisor.config import Config, to_dict
+from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
 from fastadvisor.loading import Batch
 from fastadvisor.methods import Method
@@ -19,7 +23,8 @@ from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.random_state import RandomState
 from fastadvisor.runtime.ranks import Ranks
-from fastadvisor.runtime.watch import distance_to_cause
+from fastadvisor.runtime.run_folder import RunFolder
+from fastadvisor.runtime.watch import NonFiniteError, distance_to_cause
 
 
 class Run(Protocol):
@@ -32,6 +37,8 @@ class Run(Protocol):
     execution: Execution
     device: torch.device
     ranks: Ranks
+    folder: RunFolder | None
+    epoch: int
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds; all ranks together."""
@@ -132,3 +139,25 @@ class Recorder:
         if ranks.first:
             checkpoint.save(path, {**begun.put_back(state), "batches": batches, "name": name, "config": to_dict(run.config)})
         return name, ", ".join(map(str, some)) + (", ..." if len(begun.train.ids) > 8 else "")
+
+    @contextmanager
+    def stopping(self, run: Run) -> Iterator[None]:
+        """End ``run`` where the watch finds something inside the block, and leave what it takes to take that step again.
+
+        Raises:
+            UserError: it does.
+        """
+        try:
+            yield
+        except NonFiniteError as error:
+            name, number = error.name, error.iteration or run.step.iteration
+        else:
+            return
+        if run.folder is None:
+            raise NonFiniteError(name, number)
+        name, ids = self.write(run, run.folder.replay, number, name)
+        raise UserError(
+            f"Iteration {number} (epoch {run.epoch + 1}): {name} is not finite. The batch (ids {ids}) and the state before it "
+            f"are in {run.folder.replay}; lower --lr or --advisor-lr, or add --nan-policy skip. To find where it begins: "
+            f"fastadvisor replay {shlex.quote(str(run.folder.path))}"
+        )

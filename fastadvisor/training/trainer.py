@@ -1,13 +1,11 @@
 """A run: data, model, method and iteration put together, epochs, schedule, logging, checkpoints. No numerics here."""
 
 import logging
-import math
 import random
-import shlex
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ from tqdm import tqdm
 from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
 from fastadvisor.errors import Interrupted, UserError
-from fastadvisor.iterations import OneStepBehind, StepResult
+from fastadvisor.iterations import StepResult
 from fastadvisor.loading import Batch, EvaluationLoader, Loader, build_loaders
 from fastadvisor.loading.samplers import SAMPLERS
 from fastadvisor.metagrad import ValidatedEngine
-from fastadvisor.methods import Clock, DataFacts, Method, build_method
+from fastadvisor.methods import DataFacts, Method, build_method
 from fastadvisor.methods.base import Adjusted
 from fastadvisor.methods.collapse import Collapse
 from fastadvisor.models import build_model
@@ -38,14 +36,13 @@ from fastadvisor.runtime.precision import amp_dtype, memory_format, use_tf32
 from fastadvisor.runtime.ranks import ALONE, Ranks
 from fastadvisor.runtime.run_folder import RunFolder
 from fastadvisor.runtime.state import Fixed, Module, Part, RandomStates, Value, load_parts, save_parts
-from fastadvisor.runtime.timer import StepTimer, median
-from fastadvisor.runtime.watch import NonFiniteError
+from fastadvisor.runtime.timer import StepTimer
 from fastadvisor.training import messages, replay_record
-from fastadvisor.training.assembly import build_step
-from fastadvisor.training.epoch import Progress
+from fastadvisor.training.assembly import build_step, check_batches_of_one
+from fastadvisor.training.epoch import Progress, check_finite, epoch_record
 from fastadvisor.training.evaluation import Accuracy, accuracy
 from fastadvisor.training.observers import Lines, Metrics, Observer, ProgressBar, Scalars
-from fastadvisor.training.schedule import StageEpochs, at, divide, learning_rate
+from fastadvisor.training.schedule import StageEpochs, Timetable
 from fastadvisor.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -95,10 +92,11 @@ class Trainer:
         self.take = self._recorded() if records else None
         self.average = None if config.ema_decay is None else WeightAverage(self.model.model, config.ema_decay)
         self.train_loader, self.meta_loader = self.loaders.train, self.loaders.meta
-        self._check_batches_of_one(shape)
+        check_batches_of_one(config, self.model, self.loaders, ranks)
         if isinstance(self.step.engine, ValidatedEngine):
             self.step.engine.say = logger.warning
-        self.stages = divide(self.method.stages(), config.epochs)
+        self.timetable = Timetable(config, self.method.stages(), config.epochs, len(self.train_loader))
+        self.stages = self.timetable.stages
         self._entered: StageEpochs | None = None
         self.timer = StepTimer(device)
         self.epoch = 0
@@ -131,27 +129,6 @@ class Trainer:
         """Take an iteration, by a CUDA graph where there is one."""
         return self.step(train, meta) if self.take is None else self.take(train, meta)
 
-    def _check_batches_of_one(self, shape: tuple[int, int]) -> None:
-        """Find out before the first step, not in it, whether the model normalises over a single value."""
-        ones = [
-            flag
-            for flag, loader in (("--batch-size", self.train_loader), ("--meta-batch-size", self.meta_loader))
-            if loader.batch_size == self.config.accumulate
-        ]
-        if not ones:
-            return
-        self.model.train()
-        pieces = self.config.accumulate * self.ranks.count
-        try:
-            with torch.no_grad(), self.model.frozen_statistics():
-                self.model(torch.zeros(1, 3, *shape, device=self.device))
-        except ValueError:
-            left = "is 1" if pieces == 1 else f"leaves 1 image to each of {pieces} parts"
-            raise UserError(
-                f"{ones[0]} {left}, and the batch normalisation of {self.config.model} needs more than one image of "
-                f"{shape[0]}×{shape[1]} pixels: raise it."
-            ) from None
-
     def run(self, folder: RunFolder) -> TrainResult:
         """Train the epochs that are left and write the run folder.
 
@@ -169,11 +146,10 @@ class Trainer:
         logger.info(messages.headline(config, self.data, self.device, folder.path, self.ranks.count))
         logger.info(f"Images of {self.loaders.size} pixels by the {self.loaders.name} loader ({self.loaders.why}).")
         self.report_bad_images()
-        done = self.epoch * steps + self.progress.step
         with (
             self.interruption.watched(self.ranks),
             closing(TensorBoard(events, purge_step=self.epoch + 1)) as board,
-            tqdm(total=config.epochs * steps, initial=done, unit="step", disable=hidden) as bar,
+            tqdm(total=config.epochs * steps, initial=self.steps_taken, unit="step", disable=hidden) as bar,
         ):
             files: list[Observer] = [Metrics(folder), Scalars(board)] if first else []
             self.observers[:0] = [*files, ProgressBar(bar, self.step.engine), Lines(config.epochs, self.collapse)]
@@ -186,6 +162,11 @@ class Trainer:
                 self._save(best=True)
             self.clock.settle()
         return self._finish(folder)
+
+    @property
+    def steps_taken(self) -> int:
+        """Iterations since the beginning of the run."""
+        return self.epoch * len(self.train_loader) + self.progress.step
 
     def _finish(self, folder: RunFolder) -> TrainResult:
         summary = self.summary()
@@ -219,9 +200,9 @@ class Trainer:
 
     def _iterations(self) -> dict[str, Any]:
         progress, steps = self.progress, len(self.train_loader)
-        current = at(self.stages, self.epoch)
+        current = self.timetable.at(self.epoch)
         self._enter(current)
-        self.method.begin_epoch(self._clock(current))
+        self.method.begin_epoch(self.timetable.clock(self.epoch))
         self.model.train()
         self.timer.start()
         began, waited = time.perf_counter() - progress.seconds, self._waited() - progress.waited
@@ -245,36 +226,17 @@ class Trainer:
         self._settle()
         times = self.timer.collect()
         progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
-        loss, meta_loss = progress.means(self.ranks)
-        self._check_finite(loss)
+        losses = progress.means(self.ranks)
+        check_finite(losses[0], self.model, self.epoch)
         advice = progress.saturated if self.step.advice is None else self.collapse.look(self.step.advice)
-        tested, chosen_by = asdict(self.test(self.loaders.test)), {}
+        tests = {"test": self.test(self.loaders.test)}
         if self.loaders.val is not None:
-            on_val = self.test(self.loaders.val)
-            chosen_by = {"val_top1": on_val.top1, "val_top5": on_val.top5}
+            tests["val"] = self.test(self.loaders.val)
         self.report_bad_images()
         self.progress = Progress(self.device)  # of the next epoch
-        return {
-            "epoch": self.epoch + 1,
-            "loss": loss,
-            "meta_loss": meta_loss,
-            **self._validation(),
-            **advice,
-            "lr": self.step.optimizer.param_groups[0]["lr"],
-            **{f"test_{key}": value for key, value in tested.items()},
-            **chosen_by,
-            "skipped_steps": 0 if self.step.watch is None else self.step.watch.skipped,
-            "images_per_second": self.ranks.count * progress.images / progress.seconds,
-            "waiting_share": progress.waited / progress.seconds,
-            "bad_images": self.loaders.bad_count(),
-            # An epoch that is continued after its last step has no times.
-            "step_ms_median": step_ms(times, self.step.interval) if times else 1000 * progress.seconds / steps,
-            "seconds": progress.seconds,
-        }
-
-    def _clock(self, current: StageEpochs) -> Clock:
-        number, within = self.stages.index(current), self.epoch - current.start
-        return Clock(self.epoch, self.config.epochs, number, within, current.end - current.start)
+        record = epoch_record(self.epoch, losses, progress, self.step, tests, advice, times)
+        speed = self.ranks.count * progress.images / progress.seconds
+        return {**record, "images_per_second": speed, "bad_images": self.loaders.bad_count()}
 
     def _enter(self, current: StageEpochs) -> None:
         """Make of the run what the stage ``current`` asks for, at its start or where it is resumed."""
@@ -297,14 +259,6 @@ class Trainer:
             self.take.reset()  # its graphs are of the stage before
         self._entered = current
 
-    def _check_finite(self, loss: float) -> None:
-        finite = bool(torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all())
-        if not (finite and math.isfinite(loss)):  # the last step's damage shows in the weights only
-            raise UserError(
-                f"Training diverged in epoch {self.epoch + 1} (loss {loss:.3g}, weights {'' if finite else 'not '}finite); "
-                "lower --lr or --advisor-lr."
-            )
-
     def _watched_step(self, train: Batch, meta: Batch | None) -> StepResult:
         """Take a step; where its numbers are not finite, save what is needed to take it again.
 
@@ -314,35 +268,13 @@ class Trainer:
         if self.folder is None or self.config.nan_policy != "stop":
             return self.iterate(train, meta)
         self.recorder.begin(self, train, meta)
-        with self._stopping():
+        with self.recorder.stopping(self):
             return self.iterate(train, meta)
-
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """End the run where the watch finds something inside the block, and leave what it takes to take that step again.
-
-        Raises:
-            UserError: it does.
-        """
-        try:
-            yield
-        except NonFiniteError as error:
-            name, number = error.name, error.iteration or self.step.iteration
-        else:
-            return
-        if self.folder is None:
-            raise NonFiniteError(name, number)
-        name, ids = self.recorder.write(self, self.folder.replay, number, name)
-        raise UserError(
-            f"Iteration {number} (epoch {self.epoch + 1}): {name} is not finite. The batch (ids {ids}) and the state before it "
-            f"are in {self.folder.replay}; lower --lr or --advisor-lr, or add --nan-policy skip. To find where it begins: "
-            f"fastadvisor replay {shlex.quote(str(self.folder.path))}"
-        )
 
     def _settle(self) -> None:
         """Find out whether all iterations so far were finite: before a test, and before anything is saved."""
         if self.step.watch is not None:
-            with self._stopping():
+            with self.recorder.stopping(self):
                 self.step.watch.settle()
 
     def _interrupted(self) -> Interrupted:
@@ -359,12 +291,6 @@ class Trainer:
         """Seconds so far in which there was no batch to train on."""
         return self.train_loader.waited + self.meta_loader.waited
 
-    def _validation(self) -> dict[str, Any]:
-        engine = self.step.engine
-        if not isinstance(engine, ValidatedEngine):
-            return {}
-        return {**engine.collect(), "meta_fallback": engine.falling_back}
-
     def batches(self, current: StageEpochs) -> tuple[Batch, Batch | None]:
         """Return the next training batch and, where a meta step is due, the next meta batch."""
         train = self._next(self.train_loader if current.stage.source == "train" else self.meta_loader)
@@ -376,39 +302,9 @@ class Trainer:
 
     def set_lr(self, current: StageEpochs, index: int) -> None:
         """Set the learning rates of the ``index``-th step of this epoch."""
-        rate = self._rate(current, self.epoch, index)
+        rate = self.timetable.rate(current, self.epoch, index)
         for group in self.step.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-
-    def _rate(self, current: StageEpochs, epoch: int, index: int) -> float:
-        """Return the learning rate of the ``index``-th step of ``epoch``, which is in the stage ``current``."""
-        steps = len(self.train_loader)
-        step, total = (epoch - current.start) * steps + index, (current.end - current.start) * steps
-        warmup = round(self.config.warmup_epochs * steps)
-        return current.stage.lr_factor * learning_rate(self.config, step, total, warmup)
-
-    def check_length(self, before: int, path: Path) -> None:
-        """Find out whether a run of ``before`` epochs, restored from ``path`` as far as it has come, may go on as one of
-        ``config.epochs``: whether all its steps so far would have been the same.
-
-        Raises:
-            UserError: they would not; names the way.
-        """
-        after, steps = self.config.epochs, len(self.train_loader)
-        done = self.epoch * steps + self.progress.step
-        if after == before:
-            return
-        if after * steps < done:
-            raise UserError(f"The run has trained {done / steps:.3g} epochs, and --epochs {after} is less: name more.")
-        lengths = divide(self.method.stages(), before), self.stages
-        for epoch, index in (divmod(step, steps) for step in range(done)):
-            old, new = (at(stages, epoch) for stages in lengths)
-            if old.stage != new.stage or self._rate(old, epoch, index) != self._rate(new, epoch, index):
-                raise UserError(
-                    f"--epochs {after} in place of {before} would have trained epoch {epoch + 1} at another rate, or on other "
-                    f"images (--schedule {self.config.schedule}, --method {self.config.method}): go on with --epochs {before}, "
-                    f"or begin a new run with these weights, as with --weights {shlex.quote(str(path))} --output NEW."
-                )
 
     def tested_model(self) -> nn.Module:
         """Return the classifier that is tested and left behind: the trained one, or the average of its weights."""
@@ -481,22 +377,11 @@ class Trainer:
             self.folder.save_last(state, self.config.keep, self.step.iteration)
         self.clock.saved()
 
-    def meta_gradient(self) -> str | None:
-        """Say how the meta-gradient is computed; None where the method needs none."""
-        if self.step.engine is None:
-            return None
-        when = "" if self.step.interval == 1 else f"; every {self.step.interval} iterations"
-        return (
-            self.step.engine.describe()
-            + when
-            + ("; the advisor one step behind" if isinstance(self.step, OneStepBehind) else "")
-        )
-
     def summary(self) -> dict[str, Any]:
         """Return what ``summary.json`` holds, all of it measured."""
         return {
             **messages.summary(self.config, self.data, self.history),
-            "meta_gradient": self.meta_gradient(),
+            "meta_gradient": messages.describe_meta_gradient(self.step),
             "cuda_graph": self.take is not None and self.take.reason is None,
             "loader": self.loaders.name,
             "image_size": self.loaders.size,
@@ -513,9 +398,3 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def step_ms(times: list[float], interval: int) -> float | None:
-    """Return the median over groups of ``interval`` steps of a step's mean time: a meta step is in each of them."""
-    groups = [times[start : start + interval] for start in range(0, len(times), interval)]
-    return median([sum(group) / len(group) for group in groups if len(group) == interval] or times)

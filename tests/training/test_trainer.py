@@ -16,7 +16,8 @@ from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
 from fastadvisor.loading.backends import dali
 from fastadvisor.models.cifar_resnet import CifarResNet
-from fastadvisor.training.trainer import Trainer, step_ms
+from fastadvisor.training.epoch import step_ms
+from fastadvisor.training.trainer import Trainer
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 QUIET = {"progress": False, "tensorboard": False, "device": "cpu"}
