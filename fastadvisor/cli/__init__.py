@@ -227,7 +227,8 @@ def run_data(args: list[str]) -> None:
             "'fastadvisor data' has one command, check, as in 'fastadvisor data check --dataset cifar10 --data-root ROOT'."
         )
     settings = parse_config(config.CheckConfig, "data check", "Count, open and compare all images of a data set.", args[1:])
-    from fastadvisor.commands.check_data import check_data, make_folder
+    from fastadvisor.commands.check_data import check_data
+    from fastadvisor.commands.check_report import make_folder
     from fastadvisor.datasets import load_source
 
     if settings.output is not None:

@@ -1,15 +1,12 @@
 """``fastadvisor data check``: what a data set holds, before a week of training finds out."""
 
-import csv
 import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from fastadvisor.commands.check_report import PartReport, Report
 from fastadvisor.config import CheckConfig
 from fastadvisor.datasets.images import ArrayImages, digest_of
 from fastadvisor.datasets.paths import Ints
 from fastadvisor.datasets.protocol import prepare
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
-from fastadvisor.loading import unreadable
 from fastadvisor.loading.decode import Unreadable, decode_rgb, read
 from fastadvisor.loading.unreadable import BadImages
 from fastadvisor.runtime.environment import cpu_cores
@@ -32,140 +29,10 @@ from fastadvisor.runtime.environment import cpu_cores
 CHUNK = 256
 """Images a thread looks at before it reports."""
 
-MOST_CLASSES = 20
-"""That are listed one by one; --output lists all."""
-
-SHOWN = 3
-"""Bad images of a part that the report names; --output lists all."""
-
 MANY, FEW = 100, 20
 """A class with more images than MANY is many-shot, with fewer than FEW few-shot."""
 
 Digests = NDArray[np.void]
-
-
-@dataclass
-class PartReport:
-    """What one part (training, meta, test) holds."""
-
-    images: int
-    per_class: dict[str, int]
-    imbalance_factor: float | None
-    """Largest class over the smallest; None with an empty class."""
-    missing: int
-    """Files that are not there or empty."""
-    broken: int
-    """Files that cannot be decoded."""
-    unusual: dict[str, int]
-    """Images that are not plain JPEGs under that name, by what they are; they are read all the same."""
-    shorter_side: tuple[int, int, int] | None
-    """Least, median and most, in pixels."""
-    duplicates: int
-    """Images that are there already, byte for byte."""
-
-
-@dataclass
-class Report:
-    """What ``fastadvisor data check`` found."""
-
-    name: str
-    classes: int
-    parts: dict[str, PartReport]
-    conflicts: int
-    """Training images that are there again under another label."""
-    shared: dict[str, int]
-    """Images of the first part that are in the second, too: "meta in training" and so on."""
-    protocol: dict[str, Any] | None
-    """What a run with these settings trains on; None where it would refuse."""
-    problems: list[str]
-    """What a run would refuse, or should."""
-    notes: list[str]
-    """What is worth knowing."""
-    bad: list[BadImages] = field(default_factory=list, repr=False)
-    repeated: list[tuple[int, str, int, int, str]] = field(default_factory=list, repr=False)
-    """(group, part, id, label, name) of every image that is there more than once."""
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """Return a table of the parts."""
-        rows: list[tuple[str, ...]] = [
-            ("part", "images", "per class", "imbalance", "missing", "broken", "duplicates", "shorter side")
-        ]
-        for name, part in self.parts.items():
-            counts = part.per_class.values()
-            sides = "-" if part.shorter_side is None else "{} .. {} .. {}".format(*part.shorter_side)
-            factor = "-" if part.imbalance_factor is None else f"{part.imbalance_factor:.4g}"
-            numbers = (f"{number:,}" for number in (part.missing, part.broken, part.duplicates))
-            rows.append((name, f"{part.images:,}", f"{min(counts):,} .. {max(counts):,}", factor, *numbers, sides))
-        return rows
-
-    def class_rows(self) -> list[tuple[str, ...]]:
-        """Return a table of images a class; of many classes the largest and the smallest by training images."""
-        counts = [part.per_class for part in self.parts.values()]
-        names = list(counts[0])
-        order = list(range(len(names)))
-        if len(names) > MOST_CLASSES:
-            order = sorted(order, key=lambda label: -counts[0][names[label]])
-            order = [*order[: MOST_CLASSES // 2], *order[-MOST_CLASSES // 2 :]]
-        rows: list[tuple[str, ...]] = [("label", "class", *self.parts)]
-        rows += [(str(label), names[label], *(f"{part[names[label]]:,}" for part in counts)) for label in order]
-        if len(names) > MOST_CLASSES:
-            rows.insert(1 + MOST_CLASSES // 2, ("...",) * len(rows[0]))
-        return rows
-
-    def remarks(self) -> list[str]:
-        """Return what else there is to say, a sentence each; the first problem is left to the caller."""
-        lines = []
-        for name, part in self.parts.items():
-            if part.unusual:
-                kinds = ", ".join(f"{count:,} {kind}" for kind, count in part.unusual.items())
-                lines.append(f"Among the {name} images, read all the same: {kinds}.")
-        for found in self.bad:
-            lines += [
-                f"Cannot read {found.images.name(row)} ({found.part}, id {row}): {why}." for row, why in found.first(SHOWN)
-            ]
-        if self.protocol is not None:
-            shots = " / ".join(f"{count:,}" for count in self.protocol["many_medium_few_shot_classes"])
-            lines.append(
-                f"A run with these settings trains on {self.protocol['training']:,} images (imbalance factor "
-                f"{self.protocol['imbalance_factor']:.4g}, many/medium/few-shot classes {shots}, "
-                f"injected noise {self.protocol['noise_rate']:.1%}), with {self.protocol['meta']:,} meta images."
-            )
-        return lines + [f"Note: {note}" for note in self.notes] + [f"Problem: {problem}" for problem in self.problems[1:]]
-
-    def write(self, folder: Path) -> None:
-        """Write ``check.json``, ``bad_images.csv`` and ``duplicates.csv``.
-
-        Raises:
-            UserError: the folder cannot be written to.
-        """
-        told = {key: value for key, value in vars(self).items() if key not in ("bad", "repeated")}
-        told["parts"] = {name: vars(part) for name, part in self.parts.items()}
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(("group", "part", "id", "label", "image"))
-        writer.writerows(self.repeated)
-        make_folder(folder)
-        try:
-            for name, text in (
-                ("check.json", json.dumps(told, indent=2)),
-                ("bad_images.csv", unreadable.table(self.bad)),
-                ("duplicates.csv", table.getvalue()),
-            ):
-                (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
-        except OSError as error:
-            raise _cannot_write(folder, error) from None
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of a report; a UserError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
-
-
-def _cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(f"Cannot write the report to {folder} ({error.strerror}): choose another --output.")
 
 
 class _Seen(NamedTuple):

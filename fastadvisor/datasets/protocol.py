@@ -15,7 +15,8 @@ from torch import Tensor
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.corruption import Ints, corrupt, long_tail, long_tail_profile, meta_split, noise_targets
 from fastadvisor.datasets.duplicates import repeated, twins
-from fastadvisor.datasets.images import ArrayImages, Images, joined, rows_among
+from fastadvisor.datasets.images import ArrayImages, Images, rows_among
+from fastadvisor.datasets.joined_images import joined
 from fastadvisor.datasets.labels_file import read_labels
 from fastadvisor.datasets.types import Source, Split, TrainingData
 from fastadvisor.errors import UserError

@@ -4,8 +4,8 @@ from fastadvisor.loading.augment import Augmentation, normalize
 from fastadvisor.loading.backends.resident import ResidentImages, ResidentLoader
 from fastadvisor.loading.batch import Batch
 from fastadvisor.loading.build import build_loaders, build_test_loader
-from fastadvisor.loading.choose import into_memory, stage
 from fastadvisor.loading.loader import EvaluationLoader, Loader, Loaders
+from fastadvisor.loading.memory import into_memory, stage
 
 __all__ = [
     "Augmentation",

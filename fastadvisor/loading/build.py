@@ -14,12 +14,14 @@ from fastadvisor.errors import UserError
 from fastadvisor.loading.augment import Augmentation
 from fastadvisor.loading.autoaugment import AutoAugment
 from fastadvisor.loading.backends import dali
+from fastadvisor.loading.backends.dali_pipeline import Work
 from fastadvisor.loading.backends.resident import ResidentEvaluation, ResidentImages, ResidentLoader
 from fastadvisor.loading.backends.stream import Backend, EvaluationStream, StreamLoader
 from fastadvisor.loading.backends.synthetic import SyntheticBackend
-from fastadvisor.loading.choose import choose, decode_split, geometry_of
+from fastadvisor.loading.choose import choose, geometry_of
 from fastadvisor.loading.geometry import Geometry
 from fastadvisor.loading.loader import EvaluationLoader, Loader, Loaders
+from fastadvisor.loading.memory import decode_split
 from fastadvisor.loading.order import Order
 from fastadvisor.loading.resized_cache import copied
 from fastadvisor.loading.unreadable import BadImages
@@ -229,7 +231,7 @@ def _backend(
         if geometry.crop == "pad":
             policy = "none"  # after the padding and cropping, which the device does
         own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]) % 2**31  # DALI draws by itself
-        work = dali.Work(geometry, batch_size, device, workers, data.mean, data.std, training, mirror, policy, own)
+        work = Work(geometry, batch_size, device, workers, data.mean, data.std, training, mirror, policy, own)
         return dali.DaliBackend(images, work)
     from fastadvisor.loading.backends.dataloader import (  # torchvision's transforms take a second to import
         Batches,

@@ -17,7 +17,7 @@ from fastadvisor.datasets.duplicates import twins
 from fastadvisor.datasets.paths import PathTable
 from fastadvisor.datasets.readers import cifar
 from fastadvisor.errors import UserError
-from fastadvisor.loading import choose, decode, into_memory
+from fastadvisor.loading import decode, into_memory, memory
 from fastadvisor.loading.geometry import Geometry
 from fastadvisor.loading.unreadable import BadImages
 from tests.photos import write_photos
@@ -253,7 +253,7 @@ def test_broken_images_are_named_and_counted(tmp_path):
 
 def test_what_does_not_fit_in_memory_is_refused_before_decoding(tmp_path, monkeypatch):
     folders(tmp_path)
-    monkeypatch.setattr(choose, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"100000 x 100000 need 360.0 GB.*0.0 GB are free.*--image-size"):
         read(tmp_path, image_size=100_000, loader="resident")
 

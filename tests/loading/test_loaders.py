@@ -12,6 +12,7 @@ from fastadvisor.datasets import ArrayImages, load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.loading import build_loaders, into_memory
 from fastadvisor.loading.backends import dali
+from fastadvisor.loading.backends.dali_pipeline import Work
 from fastadvisor.loading.choose import choose
 from tests.photos import encoded, photo, write_photos
 
@@ -85,7 +86,7 @@ def test_what_dali_does_on_a_gpu_gives_the_same_images_on_the_cpu(photos, opened
     """There DALI resizes, mirrors and normalises as well."""
     wanted = opened(photos, "dali", crop=crop)
     batches = {part: take(getattr(wanted, part), 5) for part in ("train", "meta")} | {"test": list(wanted.test)}
-    monkeypatch.setattr(dali.Work, "only_decoded", False)
+    monkeypatch.setattr(Work, "only_decoded", False)
     got = opened(photos, "dali", crop=crop)
     for part, expected in batches.items():
         for a, b in zip(expected, list(got.test) if part == "test" else take(getattr(got, part), 5), strict=True):
@@ -426,7 +427,7 @@ def test_a_file_that_dali_fails_on_takes_nothing_with_it(tmp_path, opened, capfd
 @needs_dali
 def test_dali_going_wrong_for_another_reason_is_an_error(photos, opened, monkeypatch):
     loaders = opened(photos, "dali", crop="random")
-    loaders.train.backend.work = dali.Work(
+    loaders.train.backend.work = Work(
         loaders.train.backend.work.geometry, 2, CPU, 1, (0.5,) * 3, (0.5,) * 3, training=True
     )  # batches larger than the pipeline's
     with pytest.raises(RuntimeError):

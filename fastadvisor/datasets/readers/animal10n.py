@@ -10,7 +10,7 @@ from fastadvisor.config import DataConfig
 from fastadvisor.datasets.images import FileImages
 from fastadvisor.datasets.paths import PathTable
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD, PassedOver, image_files
-from fastadvisor.datasets.readers.lists import root_of
+from fastadvisor.datasets.readers.locate import root_of
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 

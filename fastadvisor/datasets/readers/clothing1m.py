@@ -7,7 +7,8 @@ import torch
 
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.paths import Ints, PathTable
-from fastadvisor.datasets.readers.lists import Listed, find_file, images_below, read_class_names, read_keys, read_list, root_of
+from fastadvisor.datasets.readers.lists import Listed, read_class_names, read_keys, read_list
+from fastadvisor.datasets.readers.locate import find_file, images_below, root_of
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 

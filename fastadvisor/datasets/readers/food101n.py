@@ -9,7 +9,8 @@ import torch
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.paths import PathTable
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
-from fastadvisor.datasets.readers.lists import images_below, read_class_names, read_names, root_of
+from fastadvisor.datasets.readers.lists import read_class_names, read_names
+from fastadvisor.datasets.readers.locate import images_below, root_of
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 

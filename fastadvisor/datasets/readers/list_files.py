@@ -15,7 +15,8 @@ from fastadvisor.datasets.class_labels import class_numbers
 from fastadvisor.datasets.images import FileImages
 from fastadvisor.datasets.paths import Ints, PathTable
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
-from fastadvisor.datasets.readers.lists import images_below, number_of_classes, read_class_names, read_csv, read_list
+from fastadvisor.datasets.readers.lists import number_of_classes, read_class_names, read_csv, read_list
+from fastadvisor.datasets.readers.locate import images_below
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 

@@ -7,7 +7,8 @@ import torch
 
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
-from fastadvisor.datasets.readers.lists import Listed, find_file, images_below, number_of_classes, read_list, root_of
+from fastadvisor.datasets.readers.lists import Listed, number_of_classes, read_list
+from fastadvisor.datasets.readers.locate import find_file, images_below, root_of
 from fastadvisor.datasets.types import Source, Split
 
 LISTS = {"imagenet-lt": "ImageNet_LT", "places-lt": "Places_LT"}

@@ -18,7 +18,8 @@ from fastadvisor.config import DataConfig
 from fastadvisor.datasets.images import TarImages
 from fastadvisor.datasets.paths import Bytes, Ints, PathTable
 from fastadvisor.datasets.readers.imagefolder import EXTENSIONS, MEAN, STD
-from fastadvisor.datasets.readers.lists import FOLDERS, number_of_classes, read_class_names, root_of
+from fastadvisor.datasets.readers.lists import number_of_classes, read_class_names
+from fastadvisor.datasets.readers.locate import FOLDERS, root_of
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 from fastadvisor.runtime.environment import cache_folder

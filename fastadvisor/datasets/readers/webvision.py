@@ -7,15 +7,8 @@ import torch
 
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
-from fastadvisor.datasets.readers.lists import (
-    Listed,
-    find_file,
-    images_below,
-    number_of_classes,
-    read_list,
-    read_names,
-    root_of,
-)
+from fastadvisor.datasets.readers.lists import Listed, number_of_classes, read_list, read_names
+from fastadvisor.datasets.readers.locate import find_file, images_below, root_of
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 

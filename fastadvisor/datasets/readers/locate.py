@@ -1,0 +1,121 @@
+"""Where the files of a data set lie: its root, its lists, and the folder that the paths of a list are relative to."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastadvisor.config import DataConfig
+from fastadvisor.datasets.images import FileImages
+from fastadvisor.datasets.paths import PathTable
+from fastadvisor.errors import UserError
+
+PROBED = 5
+"""Files, spread over a list, that are looked for to find the folder that its paths are relative to."""
+
+FOLDERS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation"),
+    "meta": ("meta",),
+}
+"""What the folder of a part is called."""
+
+
+def root_of(config: DataConfig, holds: str) -> Path:
+    """Return ``config.data_root``; a UserError that says it should hold ``holds`` where there is none."""
+    if config.data_root is None:
+        raise UserError(f"{config.dataset} needs --data-root DIR, the folder that holds {holds}.")
+    root = Path(config.data_root)
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}: --data-root must hold {holds}.")
+    return root
+
+
+def find_file(root: Path, *names: str) -> Path:
+    """Return the first of ``names`` that is a file in ``root`` or in a folder right beneath it.
+
+    Raises:
+        UserError: none is.
+    """
+    folders = [root, *_folders(root)]
+    for name in names:
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"There is no {' or '.join(names)} in {root} or a folder right beneath it: check --data-root.")
+
+
+def images_below(
+    root: Path,
+    paths: PathTable,
+    part: str,
+    listed: object,
+    folders: Sequence[Path | str] = (),
+    *,
+    last: Sequence[Path] = (),
+    anywhere: bool = False,
+) -> FileImages:
+    """Return the images of ``paths``, which are relative to ``root``, or to the folder of their own part in it.
+
+    Five of them are looked for; nothing is opened. The folder of another part is never looked in: images of one name may lie
+    in all of them.
+
+    Args:
+        root: of the data set.
+        paths: (N,)
+        part: train, meta, test or val.
+        listed: what to call the list in messages.
+        folders: further places that the data set's layout has for this part, in ``root`` or elsewhere.
+        last: where they may lie if they are in none of these.
+        anywhere: whether the images may lie in any other folder right beneath ``root``, too.
+
+    Raises:
+        UserError: none of the five is in any place, or some in two places.
+    """
+    own = [name for name in FOLDERS[part] if (root / name).is_dir()]
+    if part == "test" and not own:  # the only images to test on are called so
+        own = [name for name in FOLDERS["val"] if (root / name).is_dir()]
+    tried = [root, *(root / name for name in own), *(root / name for name in folders if (root / name).is_dir())]
+    others = {name for names in FOLDERS.values() for name in names}
+    if anywhere:
+        tried += [folder for folder in _folders(root) if folder.name.lower() not in others]
+    some = [paths[row] for row in np.linspace(0, len(paths) - 1, PROBED, dtype=np.int64).tolist()]
+    found = _holding(some, tried)
+    if not found:
+        tried += last
+        found = _holding(some, last)
+    if not found:
+        places = " nor in ".join(str(folder) for folder in dict.fromkeys(tried))
+        raise UserError(
+            f"The image {some[0]} of {listed} is {'neither' if len(tried) > 1 else 'not'} in {places}: "
+            f"write the paths relative to {root}, or name the folder that they are relative to with --data-root."
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"The images of {listed} are in {found[0]} and in {found[1]}, and which are meant is not to be guessed: "
+            f"write their paths relative to {root}, as in {os.path.relpath(found[1] / some[0], root)}."
+        )
+    return FileImages(found[0], paths)
+
+
+def _holding(paths: Sequence[str], folders: Iterable[Path]) -> list[Path]:
+    """Return those of ``folders`` that one of ``paths`` is in; of several ways to the same file one."""
+    found: list[Path] = []
+    for folder in dict.fromkeys(folders):
+        there = next((path for path in paths if os.path.exists(os.path.join(folder, path))), None)
+        if there is not None and not any(_same(one / there, folder / there) for one in found):
+            found.append(folder)
+    return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.exists(one) and os.path.samefile(one, other)
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"The folder {root} cannot be read ({error.strerror}): check --data-root.") from None
