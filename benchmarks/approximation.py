@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
-from fastadvisor.loading import stage
+from fastadvisor.loading import cache_images
 from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers
 from fastadvisor.metagrad import forward as forward_module
@@ -103,7 +103,7 @@ def watch(config: Config, every: int, say: Callable[[str], None] = print) -> lis
     """Train exactly as ``config`` says and probe every so many iterations."""
     device = pick_device(config.device)
     keep_freed_memory()
-    data = prepare(stage(load_source(config), config, device), config, config.seed)
+    data = prepare(cache_images(load_source(config), config, device), config, config.seed)
     trainer = Trainer(config, data, device)
     compared = candidates(trainer, (trainer.loaders.size, trainer.loaders.size))
     records: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from benchmarks.tables import about, command, place, publish
 from fastadvisor.cli import parse_config
 from fastadvisor.config import Config
 from fastadvisor.datasets import load_source, prepare
-from fastadvisor.loading import Batch, stage
+from fastadvisor.loading import Batch, cache_images
 from fastadvisor.methods import METHODS, build_method
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.precision import pick_device
@@ -40,7 +40,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 def trained(config: Config) -> Trainer:
     """Return a trainer that has trained."""
     device = pick_device(config.device)
-    data = prepare(stage(load_source(config), config, device), config, config.seed)
+    data = prepare(cache_images(load_source(config), config, device), config, config.seed)
     trainer = Trainer(config, data, device)
     with TemporaryDirectory() as folder:
         trainer.run(RunFolder.create(str(Path(folder) / "run"), config, ""))

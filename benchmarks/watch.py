@@ -22,7 +22,7 @@ from benchmarks.step import Cycle, interleaved
 from benchmarks.tables import about, command, place, publish
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
-from fastadvisor.loading import Batch, stage
+from fastadvisor.loading import Batch, cache_images
 from fastadvisor.runtime.allocator import keep_freed_memory
 from fastadvisor.runtime.precision import pick_device
 from fastadvisor.runtime.run_folder import RunFolder
@@ -37,7 +37,7 @@ LIMIT = 1e-5
 def trainer(policy: str, model: str, device: torch.device) -> Trainer:
     """Return a run on the digits that has not begun; it writes nothing unless a value is not finite."""
     config = resolve(Config, nan_policy=policy, model=model, method="mfrw-mes", device=device.type, tensorboard=False)
-    run = Trainer(config, prepare(stage(load_source(config), config, device), config, config.seed), device)
+    run = Trainer(config, prepare(cache_images(load_source(config), config, device), config, config.seed), device)
     run.folder = RunFolder(Path("nowhere"))  # "stop" keeps a state for replay only where there is a folder
     run.model.train()
     return run

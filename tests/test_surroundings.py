@@ -22,7 +22,7 @@ from fastadvisor import cli
 from fastadvisor.config import CheckConfig, CompareConfig, Config, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
-from fastadvisor.loading import build_loaders, stage
+from fastadvisor.loading import build_loaders, cache_images
 from fastadvisor.loading.backends import dali, dataloader
 from fastadvisor.runtime import console, memory
 from fastadvisor.training.trainer import Trainer
@@ -375,13 +375,13 @@ def test_shared_memory_that_runs_out_in_a_worker_ends_the_run_at_once(place, mon
 def test_a_batch_that_cannot_be_handed_over_ends_the_run_at_once(place, monkeypatch, error):
     """The queue's own thread meets the fault, and the main process would wait for the batch without end."""
     photos(Path("photos"))
-    decoded = dataloader.Batches._decoded
+    decoded = dataloader.Batches._decode
 
     class Stuck:
         def __reduce__(self):
             raise error
 
-    monkeypatch.setattr(dataloader.Batches, "_decoded", lambda self, spec: decoded(self, spec)._replace(bad=Stuck()))
+    monkeypatch.setattr(dataloader.Batches, "_decode", lambda self, spec: decoded(self, spec)._replace(bad=Stuck()))
     with pytest.raises(UserError, match=r"A worker of the data loader has ended, .* memory or /dev/shm .* too many files"):
         first_batch("photos")
 
@@ -428,7 +428,7 @@ def test_a_file_that_cannot_be_opened_for_want_of_handles_is_not_a_bad_image(pla
         workers=1,
     )
     with pytest.raises(UserError, match="Too many files are open"):
-        build_loaders(config, prepare(stage(load_source(config), config, CPU), config, 0), CPU)
+        build_loaders(config, prepare(cache_images(load_source(config), config, CPU), config, 0), CPU)
 
 
 # Images that are all broken

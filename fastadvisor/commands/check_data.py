@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from fastadvisor.commands.check_report import PartReport, Report
 from fastadvisor.config import CheckConfig
-from fastadvisor.datasets.images import ArrayImages, digest_of
+from fastadvisor.datasets.images import ArrayImages, digest_bytes
 from fastadvisor.datasets.paths import Ints
 from fastadvisor.datasets.protocol import prepare
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
-from fastadvisor.loading.decode import Unreadable, decode_rgb, read
+from fastadvisor.loading.decode import Unreadable, decode_rgb, read_encoded
 from fastadvisor.loading.unreadable import BadImages
 from fastadvisor.runtime.environment import cpu_cores
 
@@ -35,7 +35,7 @@ MANY, FEW = 100, 20
 Digests = NDArray[np.void]
 
 
-class _Seen(NamedTuple):
+class _PartFacts(NamedTuple):
     """What looking at every image of a part gave."""
 
     digests: Digests
@@ -44,7 +44,7 @@ class _Seen(NamedTuple):
     sides: list[int]
 
 
-class _Look(NamedTuple):
+class _ImageFacts(NamedTuple):
     """What looking at one image gave."""
 
     digest: bytes
@@ -62,11 +62,11 @@ def check_data(source: Source, config: CheckConfig) -> Report:
     """
     splits = {"training": source.train, "meta": source.meta, "test": source.test, "val": source.val}
     parts = {name: split for name, split in splits.items() if split is not None}
-    seen = {name: _look_at_all(name, split, decode=config.decode) for name, split in parts.items()}
-    counts = {name: _counts(split.labels, len(source.classes)) for name, split in parts.items()}
-    groups = _groups(seen)
+    seen = {name: _inspect_all(name, split, decode=config.decode) for name, split in parts.items()}
+    counts = {name: _count_labels(split.labels, len(source.classes)) for name, split in parts.items()}
+    groups = _group_by_content(seen)
     reports = {
-        name: _part(split, seen[name], dict(zip(source.classes, counts[name].tolist(), strict=True)), groups.of[name])
+        name: _report_part(split, seen[name], dict(zip(source.classes, counts[name].tolist(), strict=True)), groups.of[name])
         for name, split in parts.items()
     }
     report = Report(source.name, len(source.classes), reports, 0, {}, None, [], list(source.notes))
@@ -86,15 +86,15 @@ def check_data(source: Source, config: CheckConfig) -> Report:
     return report
 
 
-def _look_at_all(name: str, split: Split, *, decode: bool) -> _Seen:
+def _inspect_all(name: str, split: Split, *, decode: bool) -> _PartFacts:
     images, count = split.images, len(split)
     digests = np.zeros(count, dtype="V16")
     reasons: dict[int, str] = {}
     unusual: Counter[str] = Counter()
     sides: list[int] = []
 
-    def look(start: int) -> list[_Look]:
-        return [_look(split, row, decode=decode) for row in range(start, min(start + CHUNK, count))]
+    def look(start: int) -> list[_ImageFacts]:
+        return [_inspect(split, row, decode=decode) for row in range(start, min(start + CHUNK, count))]
 
     with (
         ThreadPoolExecutor(cpu_cores()) as pool,
@@ -112,25 +112,25 @@ def _look_at_all(name: str, split: Split, *, decode: bool) -> _Seen:
             bar.update(len(looks))
     if isinstance(images, ArrayImages):
         sides = [min(images.pixels.shape[1:3])]
-    return _Seen(digests, reasons, unusual, sides)
+    return _PartFacts(digests, reasons, unusual, sides)
 
 
-def _look(split: Split, row: int, *, decode: bool) -> _Look:
+def _inspect(split: Split, row: int, *, decode: bool) -> _ImageFacts:
     images = split.images
     try:
         if isinstance(images, ArrayImages):
-            return _Look(images.digest(row))
-        data = read(images, row)
-        digest = digest_of(data)
+            return _ImageFacts(images.digest(row))
+        data = read_encoded(images, row)
+        digest = digest_bytes(data)
         if not decode:
-            return _Look(digest)
+            return _ImageFacts(digest)
         image = decode_rgb(data)
-        return _Look(digest, None, _unusual(data, images.name(row)), min(image.size))
+        return _ImageFacts(digest, None, _find_oddities(data, images.name(row)), min(image.size))
     except Unreadable as reason:
-        return _Look(bytes(16), str(reason))
+        return _ImageFacts(bytes(16), str(reason))
 
 
-def _unusual(data: bytes, name: str) -> tuple[str, ...]:
+def _find_oddities(data: bytes, name: str) -> tuple[str, ...]:
     """Return in which ways an image that can be decoded is not the plain JPEG that its name may promise."""
     found = []
     with Image.open(io.BytesIO(data)) as image:
@@ -148,7 +148,7 @@ def _unusual(data: bytes, name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _counts(labels: Tensor, classes: int) -> Ints:
+def _count_labels(labels: Tensor, classes: int) -> Ints:
     return np.asarray(torch.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes).numpy())
 
 
@@ -160,7 +160,7 @@ class _Groups(NamedTuple):
     sizes: Ints
 
 
-def _groups(seen: Mapping[str, _Seen]) -> _Groups:
+def _group_by_content(seen: Mapping[str, _PartFacts]) -> _Groups:
     digests = np.concatenate([part.digests for part in seen.values()])
     _, group = np.unique(digests, return_inverse=True)
     starts = np.cumsum([len(part.digests) for part in seen.values()])[:-1]
@@ -171,7 +171,7 @@ def _groups(seen: Mapping[str, _Seen]) -> _Groups:
     return _Groups(of, np.bincount(every[every >= 0], minlength=int(every.max(initial=-1)) + 1))
 
 
-def _part(split: Split, seen: _Seen, per_class: dict[str, int], group: Ints) -> PartReport:
+def _report_part(split: Split, seen: _PartFacts, per_class: dict[str, int], group: Ints) -> PartReport:
     sizes = split.images.sizes(np.array(list(seen.reasons), dtype=np.int64))
     missing = int((sizes <= 0).sum())
     readable = group[group >= 0]

@@ -122,7 +122,7 @@ class Report:
         try:
             for name, text in (
                 ("check.json", json.dumps(told, indent=2)),
-                ("bad_images.csv", unreadable.table(self.bad)),
+                ("bad_images.csv", unreadable.to_csv(self.bad)),
                 ("duplicates.csv", table.getvalue()),
             ):
                 (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")

@@ -13,7 +13,7 @@ from fastadvisor.commands.train import check_config
 from fastadvisor.config import CompareConfig, Config, configured, to_dict
 from fastadvisor.datasets import load_source
 from fastadvisor.errors import UserError
-from fastadvisor.loading import stage
+from fastadvisor.loading import cache_images
 from fastadvisor.methods import check_method
 from fastadvisor.runtime import console
 from fastadvisor.runtime.environment import environment
@@ -68,7 +68,7 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
 
 def _compare(config: CompareConfig, methods: list[str]) -> dict[str, Any]:
     folder, resumes = grid.open_folder(config)
-    source = stage(load_source(config), config, pick_device(config.device))  # decoded once for all runs
+    source = cache_images(load_source(config), config, pick_device(config.device))  # decoded once for all runs
     for line in source.notes:
         logger.warning(line)
     rows = []

@@ -17,7 +17,7 @@ from fastadvisor.config import Config, configured, select
 from fastadvisor.datasets import Source, TrainingData, load_source, prepare
 from fastadvisor.datasets.fingerprint import fingerprint
 from fastadvisor.errors import Interrupted, OutOfMemoryError, UserError
-from fastadvisor.loading import stage
+from fastadvisor.loading import cache_images
 from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
@@ -119,7 +119,7 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
         with memory.enough(device):
             with ranks.first_alone():  # who downloads, and makes small copies
                 given = load_source(config) if source is None else source
-                staged = stage(given, config, device)
+                staged = cache_images(given, config, device)
             data = prepare(staged, config, config.seed)
             for line in data.notes if source is None else data.notes[len(given.notes) :]:
                 logger.warning(line)

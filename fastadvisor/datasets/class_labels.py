@@ -18,7 +18,7 @@ class ClassNumbers(NamedTuple):
     """What to tell the user where a label could be read both ways."""
 
 
-def class_numbers(
+def resolve_labels(
     labels: Sequence[str], classes: Sequence[str], where: object, place: Callable[[str], str] = lambda label: ""
 ) -> ClassNumbers:
     """Return the classes that ``labels`` mean.

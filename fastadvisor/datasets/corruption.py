@@ -16,7 +16,7 @@ SEMANTIC = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "
 """CIFAR-10's look-alikes; the other classes keep their labels (paper 4.1)."""
 
 
-def meta_split(
+def draw_meta_set(
     labels: Ints,
     per_class: int,
     classes: Sequence[str],
@@ -82,7 +82,7 @@ def long_tail_profile(available: Sequence[int], imbalance_factor: float) -> list
     return long_tail_counts(n_max, len(available), imbalance_factor)
 
 
-def long_tail(labels: Ints, ids: Ints, counts: Sequence[int], rng: np.random.Generator) -> Ints:
+def cut_long_tail(labels: Ints, ids: Ints, counts: Sequence[int], rng: np.random.Generator) -> Ints:
     """Keep at most ``counts[i]`` of the images of class i, at random.
 
     Args:
@@ -128,7 +128,7 @@ def _customary_targets(classes: int, targets: int, seed: int) -> list[Ints]:
     return [random.choice(every[every != i], 2, replace=False) for i in range(classes)]
 
 
-def checked_flip_map(given: Sequence[int], classes: Sequence[str]) -> list[int]:
+def check_flip_map(given: Sequence[int], classes: Sequence[str]) -> list[int]:
     """Return the user's own flip map if it names a class for each class.
 
     Raises:
@@ -158,7 +158,7 @@ def noise_targets(
     """
     count = len(classes)
     if kind == "flip":
-        return [[target] for target in (flip_map(count) if given_map is None else checked_flip_map(given_map, classes))]
+        return [[target] for target in (flip_map(count) if given_map is None else check_flip_map(given_map, classes))]
     if kind == "flip2":
         return [list(pair) for pair in flip2_map(count)]
     if kind == "uniform":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastadvisor.datasets.duplicates import digest as content_digest
+from fastadvisor.datasets.duplicates import read_digest
 from fastadvisor.datasets.images import ArrayImages, Images
 from fastadvisor.datasets.types import TrainingData
 
@@ -41,7 +41,7 @@ def _add_images(digest: Any, images: Images, rows: Any) -> None:
     digest.update(os.fsencode("\0".join(images.name(row).rsplit("/", 1)[-1] for row in rows.tolist())))
     digest.update(images.sizes(rows).tobytes())
     for at in np.unique(np.linspace(0, len(rows) - 1, READ, dtype=np.int64)).tolist() if len(rows) else ():
-        digest.update(content_digest(images, int(rows[at])) or b"")
+        digest.update(read_digest(images, int(rows[at])) or b"")
 
 
 def _add(digest: Any, tensor: Tensor) -> None:

@@ -72,7 +72,7 @@ class ArrayImages:
 
     def encoded(self, row: int) -> bytes:
         """Return the image as PPM, which holds the pixels as they are."""
-        return ppm(self.pixels[row].cpu().numpy())
+        return encode_ppm(self.pixels[row].cpu().numpy())
 
     def name(self, row: int) -> str:
         """Return the file's name, or "number ROW"."""
@@ -95,7 +95,7 @@ class ArrayImages:
 
     def digest(self, row: int) -> bytes:
         """Return a digest of the pixels."""
-        return digest_of(self.pixels[row].cpu().contiguous().numpy().tobytes())
+        return digest_bytes(self.pixels[row].cpu().contiguous().numpy().tobytes())
 
 
 class FileImages:
@@ -107,7 +107,7 @@ class FileImages:
         self._stat: Ints | None = None
         """Size and time of each as far as the file system has told, UNKNOWN elsewhere, (N, 2): several stages ask, and a
         million files take seconds."""
-        self._whole: PathTable | None = None
+        self._absolute: PathTable | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -129,20 +129,20 @@ class FileImages:
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
         """Ask the file system, once for each file."""
-        return self._told(rows)[:, 0]
+        return self._stat_rows(rows)[:, 0]
 
     def times(self, rows: NDArray[np.integer]) -> Ints:
         """Likewise."""
-        return self._told(rows)[:, 1]
+        return self._stat_rows(rows)[:, 1]
 
-    def _told(self, rows: NDArray[np.integer]) -> Ints:
+    def _stat_rows(self, rows: NDArray[np.integer]) -> Ints:
         if self._stat is None:
             self._stat = np.full((len(self), 2), UNKNOWN, dtype=np.int64)
         unknown = rows[self._stat[rows, 0] == UNKNOWN]
-        self._stat[unknown] = self._ask(unknown)
+        self._stat[unknown] = self._read_stat(unknown)
         return self._stat[rows]
 
-    def _ask(self, rows: NDArray[np.integer]) -> Ints:
+    def _read_stat(self, rows: NDArray[np.integer]) -> Ints:
 
         def ask(row: int) -> tuple[int, int]:
             try:
@@ -159,14 +159,14 @@ class FileImages:
 
     def digest(self, row: int) -> bytes:
         """Return a digest of the file's bytes."""
-        return digest_of(self.encoded(row))
+        return digest_bytes(self.encoded(row))
 
     def _path(self, row: int) -> str:
         return os.path.join(self.root, self.paths[row])
 
-    def whole_paths(self) -> PathTable:
+    def absolute_paths(self) -> PathTable:
         """Return the path of each, absolute and with the links in its folder resolved: one form for any way of writing it."""
-        if self._whole is None:
+        if self._absolute is None:
             folders: dict[str, str] = {}
 
             def whole(path: str) -> str:
@@ -177,27 +177,31 @@ class FileImages:
                     folders[folder] = os.path.realpath(folder)
                 return os.path.join(folders[folder], name)
 
-            self._whole = PathTable.of(whole(self.paths[row]) for row in range(len(self)))
-        return self._whole
+            self._absolute = PathTable.of(whole(self.paths[row]) for row in range(len(self)))
+        return self._absolute
 
 
-def rows_among(files: Images, others: Images) -> Ints:
+def match_files(files: Images, others: Images) -> Ints:
     """Return for each of ``files`` the row of the same file, by its path, among ``others``, -1 where it is none of them; of a
     file that ``others`` hold several times, the first.
 
     Both may be in memory or copies; what they were decoded from counts. (N,) int64; all -1 where there are no files.
     """
-    one, other = originals(files), originals(others)
+    one, other = find_originals(files), find_originals(others)
     none = np.full(len(files), -1, dtype=np.int64)
     if not (isinstance(one, FileImages) and isinstance(other, FileImages)):
         return none
-    mine, theirs = one.paths.normalised(), other.paths.normalised()
-    if os.path.realpath(one.root) != os.path.realpath(other.root) or mine.any_outside() or theirs.any_outside():
-        mine, theirs = one.whole_paths(), other.whole_paths()
+    mine, theirs = one.paths.normalise(), other.paths.normalise()
+    if (
+        os.path.realpath(one.root) != os.path.realpath(other.root)
+        or mine.any_may_leave_folder()
+        or theirs.any_may_leave_folder()
+    ):
+        mine, theirs = one.absolute_paths(), other.absolute_paths()
     return theirs.find(mine)
 
 
-def originals(images: Images) -> Images:
+def find_originals(images: Images) -> Images:
     """Return what ``images`` were decoded or copied from."""
     while (source := getattr(images, "originals", None)) is not None:
         images = source
@@ -244,15 +248,15 @@ class TarImages:
 
     def digest(self, row: int) -> bytes:
         """Return a digest of the member's bytes."""
-        return digest_of(self.encoded(row))
+        return digest_bytes(self.encoded(row))
 
 
-def ppm(pixels: NDArray[np.uint8]) -> bytes:
+def encode_ppm(pixels: NDArray[np.uint8]) -> bytes:
     """Return (H, W, 3) uint8 ``pixels`` as a PPM file: a header and the bytes, which every decoder reads."""
     height, width = pixels.shape[:2]
     return b"P6\n%d %d\n255\n" % (width, height) + np.ascontiguousarray(pixels).tobytes()
 
 
-def digest_of(content: bytes) -> bytes:
+def digest_bytes(content: bytes) -> bytes:
     """Return 16 bytes that are equal where ``content`` is."""
     return hashlib.blake2b(content, digest_size=16).digest()

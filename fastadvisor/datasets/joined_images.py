@@ -37,17 +37,17 @@ class JoinedImages:
 
     def select(self, rows: NDArray[np.integer]) -> "Images":
         """Return a view: rows of the parts."""
-        return _Selected(self, np.asarray(rows, dtype=np.int64))
+        return _SelectedImages(self, np.asarray(rows, dtype=np.int64))
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
         """Ask the parts."""
-        return self._asked(rows, lambda part, inner: part.sizes(inner))
+        return self._gather(rows, lambda part, inner: part.sizes(inner))
 
     def times(self, rows: NDArray[np.integer]) -> Ints:
         """Ask the parts."""
-        return self._asked(rows, lambda part, inner: part.times(inner))
+        return self._gather(rows, lambda part, inner: part.times(inner))
 
-    def _asked(self, rows: NDArray[np.integer], ask: Callable[[Images, NDArray[np.integer]], Ints]) -> Ints:
+    def _gather(self, rows: NDArray[np.integer], ask: Callable[[Images, NDArray[np.integer]], Ints]) -> Ints:
         out = np.empty(len(rows), dtype=np.int64)
         which = np.searchsorted(self._ends, rows, side="right")
         for number, part in enumerate(self.parts):
@@ -61,7 +61,7 @@ class JoinedImages:
         return part.digest(inner)
 
 
-class _Selected:
+class _SelectedImages:
     """Rows of other images."""
 
     def __init__(self, images: Images, rows: Ints) -> None:
@@ -77,7 +77,7 @@ class _Selected:
         return self.images.name(int(self.rows[row]))
 
     def select(self, rows: NDArray[np.integer]) -> Images:
-        return _Selected(self.images, self.rows[rows])
+        return _SelectedImages(self.images, self.rows[rows])
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
         return self.images.sizes(self.rows[rows])
@@ -89,7 +89,7 @@ class _Selected:
         return self.images.digest(int(self.rows[row]))
 
 
-def joined(parts: Sequence[Images]) -> Images:
+def join_images(parts: Sequence[Images]) -> Images:
     """Return the images of ``parts`` as one: in one array where all of them are in memory and of one size."""
     if len(parts) == 1:
         return parts[0]

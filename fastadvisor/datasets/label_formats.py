@@ -32,12 +32,12 @@ class WrittenLabels(NamedTuple):
     first_row: int | None = None
     """Of the file, counted from 1; None: positions are counted from 0."""
 
-    def place(self, at: int) -> str:
+    def describe_place(self, at: int) -> str:
         """Return where the ``at``-th value stands, in words."""
         return f" at position {at} (counted from 0)" if self.first_row is None else f" in row {self.first_row + at}"
 
 
-Contents = WrittenLabels | dict[str, NDArray[np.integer]]
+FileContents = WrittenLabels | dict[str, NDArray[np.integer]]
 
 
 def read_npy(path: Path) -> WrittenLabels:
@@ -45,10 +45,10 @@ def read_npy(path: Path) -> WrittenLabels:
         values = np.asarray(np.load(path, allow_pickle=False))
     except Exception:  # numpy raises OSError, ValueError, EOFError, BadZipFile and more
         raise UserError(f"{path} is not a plain array of numbers: write it with numpy.save.") from None
-    return WrittenLabels(_flat(values, path))
+    return WrittenLabels(_check_array(values, path))
 
 
-def _flat(values: NDArray[Any], path: Path) -> NDArray[Any]:
+def _check_array(values: NDArray[Any], path: Path) -> NDArray[Any]:
     """Return ``values`` if they can be labels: integers, or names, in one dimension."""
     if values.ndim != 1 or values.dtype.kind not in "iuU":
         raise UserError(
@@ -57,14 +57,14 @@ def _flat(values: NDArray[Any], path: Path) -> NDArray[Any]:
     return values
 
 
-def read_pt(path: Path) -> Contents:
+def read_pt(path: Path) -> FileContents:
     try:
-        with torch.serialization.safe_globals(_numpy_globals()):
+        with torch.serialization.safe_globals(_allowed_numpy_globals()):
             value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises UnpicklingError, RuntimeError, EOFError and more on what it cannot or may not load
         value = None
     if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
-        arrays = {name: _as_array(labels) for name, labels in value.items()}
+        arrays = {name: _to_array(labels) for name, labels in value.items()}
         found = {name: labels for name, labels in arrays.items() if labels.dtype.kind in "iu" and labels.ndim == 1}
         if found:
             return found
@@ -72,10 +72,10 @@ def read_pt(path: Path) -> Contents:
         raise UserError(
             f"{path} does not hold an integer tensor of labels, or a dict of several: write it with torch.save(tensor, path)."
         )
-    return WrittenLabels(_flat(np.asarray(value.numpy()), path))
+    return WrittenLabels(_check_array(np.asarray(value.numpy()), path))
 
 
-def _as_array(value: object) -> NDArray[Any]:
+def _to_array(value: object) -> NDArray[Any]:
     """Return an entry of a dict as an array, what numpy cannot take (lists of several lengths, bfloat16) as an empty one."""
     try:
         return np.asarray(value)
@@ -83,7 +83,7 @@ def _as_array(value: object) -> NDArray[Any]:
         return np.empty(0, dtype=object)
 
 
-def _numpy_globals() -> list[Any]:
+def _allowed_numpy_globals() -> list[Any]:
     """Return what a pickled array of numbers names: none of it runs anything but numpy's own unpacking."""
     reconstruct = np.empty(0).__reduce__()[0]
     names = [f"{module}.multiarray._reconstruct" for module in ("numpy.core", "numpy._core")]  # before numpy 2, and since
@@ -92,12 +92,12 @@ def _numpy_globals() -> list[Any]:
 
 
 def read_txt(path: Path) -> WrittenLabels:
-    return WrittenLabels([line.strip() for line in _text(path).rstrip().split("\n")])
+    return WrittenLabels([line.strip() for line in _read_text(path).rstrip().split("\n")])
 
 
 def read_csv(path: Path, key: str | None) -> WrittenLabels:
     try:
-        rows = [(number, row) for number, row in enumerate(csv.reader(_text(path).splitlines()), start=1) if row]
+        rows = [(number, row) for number, row in enumerate(csv.reader(_read_text(path).splitlines()), start=1) if row]
     except csv.Error as error:
         raise UserError(f"{path} is not readable as CSV ({error}): write a label a line.") from None
     header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
@@ -118,7 +118,7 @@ def read_csv(path: Path, key: str | None) -> WrittenLabels:
     if "id" not in header:
         _check_order(header, [row for _, row in rows[1:]], path)
         return WrittenLabels(values)
-    ids = _integers(path, [row[header.index("id")] for _, row in rows[1:]], first_line=2)
+    ids = _parse_integers(path, [row[header.index("id")] for _, row in rows[1:]], first_line=2)
     if not np.array_equal(np.sort(ids), np.arange(len(ids))):
         raise UserError(f"{path}: the column id must hold every sample number from 0 to {len(ids) - 1} once.")
     return WrittenLabels([values[at] for at in np.argsort(ids).tolist()])
@@ -159,7 +159,7 @@ def _label_column(header: Sequence[str], path: Path, key: str | None, *, one_col
     )
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -170,7 +170,7 @@ def _text(path: Path) -> str:
     return data.decode("utf-8-sig", "surrogateescape")
 
 
-def _integers(path: Path, cells: Sequence[str], first_line: int) -> NDArray[np.int64]:
+def _parse_integers(path: Path, cells: Sequence[str], first_line: int) -> NDArray[np.int64]:
     values = []
     for line, cell in enumerate(cells, start=first_line):
         try:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastadvisor.datasets.class_labels import class_numbers
-from fastadvisor.datasets.images import FileImages, Images, TarImages, originals, rows_among
-from fastadvisor.datasets.label_formats import Contents, WrittenLabels, read_csv, read_npy, read_pt, read_txt
+from fastadvisor.datasets.class_labels import resolve_labels
+from fastadvisor.datasets.images import FileImages, Images, TarImages, find_originals, match_files
+from fastadvisor.datasets.label_formats import FileContents, WrittenLabels, read_csv, read_npy, read_pt, read_txt
 from fastadvisor.datasets.paths import Ints, PathTable
 from fastadvisor.errors import UserError, nearest
 
@@ -44,7 +44,7 @@ def read_labels(
         name: a ``.npy`` array, a ``.pt`` integer tensor or dict of several (CIFAR-10N's ``CIFAR-10_human.pt``), a ``.txt`` with
             a label a line, or a ``.csv`` with a column ``label`` (or one of ``LABEL_COLUMNS``, or ``key``) and, if wanted,
             ``path`` or ``id`` (without a header: one column of labels). Labels are names or numbers of classes
-            (:func:`class_numbers`); paths are relative to the folder of the training images, or to ``root``, or absolute.
+            (:func:`resolve_labels`); paths are relative to the folder of the training images, or to ``root``, or absolute.
         images: N training images of the data set.
         own: (N,) their own labels, which ``clean_label`` of a dict must equal.
         classes: C names.
@@ -56,7 +56,7 @@ def read_labels(
             there; no such key, none where one is needed, or clean labels that are not the data set's.
     """
     path = Path(name)
-    readers: dict[str, Callable[[Path], Contents]] = {
+    readers: dict[str, Callable[[Path], FileContents]] = {
         ".npy": read_npy,
         ".pt": read_pt,
         ".txt": read_txt,
@@ -70,7 +70,7 @@ def read_labels(
         raise UserError(f"--labels-key {key} is for files that hold several labels, and {path} holds one: drop it.")
     written = readers[path.suffix.lower()](path)
     if isinstance(written, dict):
-        written = WrittenLabels(_one_of(written, path, key, own))
+        written = WrittenLabels(_select_labels(written, path, key, own))
     elif key is not None and path.suffix.lower() == ".pt":
         raise UserError(f"--labels-key {key} is for files that hold several labels, and {path} holds one: drop it.")
     if written.paths is None and len(written.values) != len(own):
@@ -78,11 +78,11 @@ def read_labels(
             f"{path} holds {len(written.values)} labels for {len(own)} training images: it needs one for each, in data-set "
             "order, or, in a CSV, a column path that says which image a row is about."
         )
-    found, note = _numbers(written, classes, path)
+    found, note = _to_class_numbers(written, classes, path)
     notes = [] if note is None else [note]
     if written.paths is None:
         return FileLabels(found, tuple(notes))
-    at = _rows(written, found, images, path, root)
+    at = _match_rows(written, found, images, path, root)
     labels = np.where(at >= 0, found[at], own)
     if (at < 0).any():
         some = int((at >= 0).sum())
@@ -90,29 +90,29 @@ def read_labels(
     return FileLabels(labels, tuple(notes))
 
 
-def _numbers(written: WrittenLabels, classes: Sequence[str], path: Path) -> tuple[Ints, str | None]:
+def _to_class_numbers(written: WrittenLabels, classes: Sequence[str], path: Path) -> tuple[Ints, str | None]:
     """Return the class of each value."""
     values = np.asarray(written.values)
     unique, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first)  # by where they first stand, so that messages name the first that is wrong
     texts = [str(value) for value in unique[order].tolist()]
     where = dict(zip(texts, first[order].tolist(), strict=True))
-    found = class_numbers(texts, classes, path, lambda label: written.place(where[label]))
+    found = resolve_labels(texts, classes, path, lambda label: written.describe_place(where[label]))
     numbers = np.empty(len(unique), dtype=np.int64)
     numbers[order] = found.numbers
     return numbers[inverse.reshape(-1)], found.note
 
 
-def _rows(written: WrittenLabels, numbers: Ints, images: Images, path: Path, root: str | None) -> Ints:
+def _match_rows(written: WrittenLabels, numbers: Ints, images: Images, path: Path, root: str | None) -> Ints:
     """Return for each training image the row of the file that is about it, -1 where there is none, (N,)."""
     assert written.paths is not None
-    files = originals(images)
+    files = find_originals(images)
     if isinstance(files, FileImages):
         table = PathTable.of(written.paths)
         places = list(dict.fromkeys([files.root, *([] if root is None else [Path(root)]), Path()]))
-        if table.absolute().all():  # then they are the same from anywhere
+        if table.are_absolute().all():  # then they are the same from anywhere
             del places[1:]
-        found = [rows_among(FileImages(place, table), files) for place in places]
+        found = [match_files(FileImages(place, table), files) for place in places]
         whole = [rows for rows in found if (rows >= 0).all()]
         if any(not np.array_equal(whole[0], rows) for rows in whole[1:]):
             raise UserError(
@@ -138,8 +138,8 @@ def _rows(written: WrittenLabels, numbers: Ints, images: Images, path: Path, roo
     if len(unknown):
         at = int(unknown[0])
         raise UserError(
-            f"{path} names {written.paths[at]}{written.place(at)}, which is no training image ({len(unknown)} of {len(rows)} "
-            f"are none): write paths as in {images.name(0)}, or delete these rows."
+            f"{path} names {written.paths[at]}{written.describe_place(at)}, which is no training image "
+            f"({len(unknown)} of {len(rows)} are none): write paths as in {images.name(0)}, or delete these rows."
         )
     about = np.full(len(images), -1, dtype=np.int64)
     about[rows[::-1]] = np.arange(len(rows))[::-1]  # the first of several
@@ -147,15 +147,15 @@ def _rows(written: WrittenLabels, numbers: Ints, images: Images, path: Path, roo
     if len(again):
         second = int(again[0])
         raise UserError(
-            f"{path} has two labels for {written.paths[second]}, one{written.place(int(about[rows[second]]))} and one"
-            f"{written.place(second)}: delete one of them."
+            f"{path} has two labels for {written.paths[second]}, one{written.describe_place(int(about[rows[second]]))} and one"
+            f"{written.describe_place(second)}: delete one of them."
         )
     if isinstance(files, FileImages):  # a training list may name an image several times
-        about = about[rows_among(files, files)]
+        about = about[match_files(files, files)]
     return about
 
 
-def _one_of(found: dict[str, NDArray[np.integer]], path: Path, key: str | None, own: Ints) -> NDArray[np.integer]:
+def _select_labels(found: dict[str, NDArray[np.integer]], path: Path, key: str | None, own: Ints) -> NDArray[np.integer]:
     """Return the labels that ``key`` names, if the clean ones among ``found`` are the data set's."""
     names = ", ".join(found)
     if key is None:

@@ -28,7 +28,7 @@ class PathTable:
         return cls(np.frombuffer(bytes(joined), dtype=np.uint8), np.concatenate([[0], stop])[:-1].astype(np.int64), stop)
 
     @classmethod
-    def concatenated(cls, tables: Sequence["PathTable"]) -> "PathTable":
+    def concatenate(cls, tables: Sequence["PathTable"]) -> "PathTable":
         """Return the paths of ``tables`` one after another."""
         shifts = np.cumsum([0, *(len(table.buffer) for table in tables)]).tolist()
         start = np.concatenate([table.start + shift for table, shift in zip(tables, shifts, strict=False)])
@@ -45,27 +45,27 @@ class PathTable:
         """Return the paths of ``rows``, in that order; the buffer is shared."""
         return PathTable(self.buffer, self.start[rows], self.stop[rows])
 
-    def without_prefix(self, prefix: str) -> "PathTable":
+    def remove_prefix(self, prefix: str) -> "PathTable":
         """Return the table with ``prefix`` cut off every path that begins with it; the buffer is shared."""
         wanted = os.fsencode(prefix)
-        return PathTable(self.buffer, self.start + len(wanted) * self._begin_with(wanted), self.stop)
+        return PathTable(self.buffer, self.start + len(wanted) * self._start_with(wanted), self.stop)
 
-    def normalised(self) -> "PathTable":
+    def normalise(self) -> "PathTable":
         """Return the table with ``./``, ``//`` and ``x/..`` resolved in every path; itself where there are none."""
         here = self.buffer.tobytes()
         if not any(odd in here for odd in (b"./", b"//")):
             return self
         return PathTable.of(os.path.normpath(self[row]) for row in range(len(self)))
 
-    def absolute(self) -> NDArray[np.bool_]:
+    def are_absolute(self) -> NDArray[np.bool_]:
         """Return which paths begin with a slash, (N,)."""
-        return self._begin_with(b"/")
+        return self._start_with(b"/")
 
-    def any_outside(self) -> bool:
+    def any_may_leave_folder(self) -> bool:
         """Return whether any path, normalised, may leave the folder it is relative to: absolute, or up from there."""
-        return bool((self.absolute() | self._begin_with(b"..")).any())
+        return bool((self.are_absolute() | self._start_with(b"..")).any())
 
-    def _begin_with(self, prefix: bytes) -> NDArray[np.bool_]:
+    def _start_with(self, prefix: bytes) -> NDArray[np.bool_]:
         begins = self.stop - self.start >= len(prefix)
         for offset, byte in enumerate(prefix):
             begins &= self.buffer[np.minimum(self.start + offset, len(self.buffer) - 1)] == byte

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastadvisor.config import DataConfig
-from fastadvisor.datasets.corruption import Ints, corrupt, long_tail, long_tail_profile, meta_split, noise_targets
-from fastadvisor.datasets.duplicates import repeated, twins
-from fastadvisor.datasets.images import ArrayImages, Images, rows_among
-from fastadvisor.datasets.joined_images import joined
+from fastadvisor.datasets.corruption import Ints, corrupt, cut_long_tail, draw_meta_set, long_tail_profile, noise_targets
+from fastadvisor.datasets.duplicates import find_duplicates, mark_repeated
+from fastadvisor.datasets.images import ArrayImages, Images, match_files
+from fastadvisor.datasets.joined_images import join_images
 from fastadvisor.datasets.labels_file import read_labels
 from fastadvisor.datasets.types import Source, Split, TrainingData
 from fastadvisor.errors import UserError
@@ -53,12 +53,14 @@ def prepare(source: Source, config: DataConfig, seed: int) -> TrainingData:
     _check_settings(config)
     _check_labels(source)
     meta_rng = np.random.default_rng([seed, META])
-    table = _drawn_meta(source, config, meta_rng) if source.meta is None else _own_meta(source, source.meta, config, meta_rng)
+    table = (
+        _draw_meta(source, config, meta_rng) if source.meta is None else _append_own_meta(source, source.meta, config, meta_rng)
+    )
     _warn_of_test_images(table, source.test.images)
 
-    noisy, notes = _noisy_labels(source, config, np.random.default_rng([seed, NOISE]))
+    noisy, notes = _make_labels(source, config, np.random.default_rng([seed, NOISE]))
     cut_by = noisy if config.noise_before_imbalance else table.labels
-    train_ids = _cut(cut_by, table, source.classes, config, np.random.default_rng([seed, TAIL]))
+    train_ids = _cut_tail(cut_by, table, source.classes, config, np.random.default_rng([seed, TAIL]))
     labels = table.labels.copy()
     labels[train_ids] = noisy[train_ids]
     return TrainingData(
@@ -109,36 +111,36 @@ def _check_labels(source: Source) -> None:
             )
 
 
-def _array(labels: Tensor) -> Ints:
+def _to_numpy(labels: Tensor) -> Ints:
     return labels.cpu().numpy().astype(np.int64)
 
 
-def _drawn_meta(source: Source, config: DataConfig, rng: np.random.Generator) -> _Table:
+def _draw_meta(source: Source, config: DataConfig, rng: np.random.Generator) -> _Table:
     """Take ``meta_per_class`` images a class out of the training images, none of which has a twin left behind."""
-    images, labels, state = source.train.images, _array(source.train.labels), rng.bit_generator.state
+    images, labels, state = source.train.images, _to_numpy(source.train.labels), rng.bit_generator.state
     every, eligible = np.arange(len(labels)), np.ones(len(labels), dtype=np.bool_)
-    copies = repeated(images) if isinstance(images, ArrayImages) else None  # of files not before there is reason to
+    copies = mark_repeated(images) if isinstance(images, ArrayImages) else None  # of files not before there is reason to
     while True:
         if copies is not None:
             eligible &= ~copies
         rng.bit_generator.state = state  # drawn again from the start, less what turned out to have a twin
-        meta_ids = meta_split(labels, config.meta_per_class, source.classes, eligible, rng)
+        meta_ids = draw_meta_set(labels, config.meta_per_class, source.classes, eligible, rng)
         pool_ids = np.setdiff1d(every, meta_ids)
-        pairs = [] if copies is not None else twins(images, meta_ids, images, pool_ids)
+        pairs = [] if copies is not None else find_duplicates(images, meta_ids, images, pool_ids)
         if not pairs:
             if pairs is None:
                 _warn_unchecked(source.name)
             return _Table(images, labels, pool_ids, meta_ids)
-        copies = repeated(images)
+        copies = mark_repeated(images)
         eligible[[pair.one for pair in pairs]] = False
 
 
-def _own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Generator) -> _Table:
+def _append_own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Generator) -> _Table:
     """Append the data set's own meta-set to the training images: whole, or as many a class as ``meta_per_class`` says."""
-    train, labels = source.train.images, _array(meta.labels)
+    train, labels = source.train.images, _to_numpy(meta.labels)
     rows = np.arange(len(labels))
     if source.meta_drawn:
-        rows = meta_split(labels, config.meta_per_class, source.classes, np.ones(len(labels), dtype=np.bool_), rng, leave=0)
+        rows = draw_meta_set(labels, config.meta_per_class, source.classes, np.ones(len(labels), dtype=np.bool_), rng, leave=0)
     if isinstance(train, ArrayImages) and isinstance(meta.images, ArrayImages):
         sizes = tuple(meta.images.pixels.shape[1:]), tuple(train.pixels.shape[1:])
         if sizes[0] != sizes[1]:
@@ -148,8 +150,8 @@ def _own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Ge
     known = np.full(len(rows), -1, dtype=np.int64) if source.meta_rows is None else source.meta_rows[rows]
     pool_ids = np.setdiff1d(np.arange(count), known)
     if (known >= 0).any():  # a training list may name an image several times
-        pool_ids = pool_ids[~np.isin(rows_among(train, train)[pool_ids], known)]
-    shared = twins(meta.images, rows, train, pool_ids)
+        pool_ids = pool_ids[~np.isin(match_files(train, train)[pool_ids], known)]
+    shared = find_duplicates(meta.images, rows, train, pool_ids)
     if shared is None:
         _warn_unchecked(source.name)
     elif shared:
@@ -159,12 +161,12 @@ def _own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Ge
             "remove them from one of the two."
         )
     # Those that are training images keep their rows; the others come after all training images.
-    train_labels, new = _array(source.train.labels), rows[known < 0]
+    train_labels, new = _to_numpy(source.train.labels), rows[known < 0]
     train_labels[known[known >= 0]] = labels[rows[known >= 0]]
     meta_ids = known.copy()
     meta_ids[known < 0] = np.arange(count, count + len(new))
     return _Table(
-        joined([train, meta.images if len(new) == len(labels) else meta.images.select(new)]) if len(new) else train,
+        join_images([train, meta.images if len(new) == len(labels) else meta.images.select(new)]) if len(new) else train,
         np.concatenate([train_labels, labels[new]]),
         pool_ids,
         meta_ids,
@@ -180,9 +182,9 @@ def _warn_unchecked(name: str) -> None:
     )
 
 
-def _noisy_labels(source: Source, config: DataConfig, rng: np.random.Generator) -> tuple[Ints, tuple[str, ...]]:
+def _make_labels(source: Source, config: DataConfig, rng: np.random.Generator) -> tuple[Ints, tuple[str, ...]]:
     """Return what the run is to believe of every training image of the source, (N,) by sample id, and what to tell the user."""
-    labels = _array(source.train.labels)
+    labels = _to_numpy(source.train.labels)
     if config.labels is not None:
         found = read_labels(config.labels, source.train.images, labels, source.classes, config.labels_key, config.data_root)
         return found.labels, found.notes
@@ -192,14 +194,14 @@ def _noisy_labels(source: Source, config: DataConfig, rng: np.random.Generator) 
     return corrupt(labels, targets, config.noise_rate, rng), ()
 
 
-def _cut(labels: Ints, table: _Table, classes: Sequence[str], config: DataConfig, rng: np.random.Generator) -> Ints:
+def _cut_tail(labels: Ints, table: _Table, classes: Sequence[str], config: DataConfig, rng: np.random.Generator) -> Ints:
     """Return the sample ids that the long tail keeps, the whole pool at an imbalance factor of 1."""
     if config.imbalance_factor == 1:
         train_ids, way = table.pool_ids, "add some, or remove the class."
     else:
         available = np.bincount(table.labels[table.pool_ids], minlength=len(classes))
         counts = long_tail_profile(available.tolist(), config.imbalance_factor)
-        train_ids, way = long_tail(labels, table.pool_ids, counts, rng), "lower --imbalance-factor."
+        train_ids, way = cut_long_tail(labels, table.pool_ids, counts, rng), "lower --imbalance-factor."
     _refuse_empty(np.bincount(labels[train_ids], minlength=len(classes)), classes, "training", way)
     return train_ids
 
@@ -212,7 +214,7 @@ def _refuse_empty(counts: Ints, classes: Sequence[str], part: str, way: str) -> 
 
 def _warn_of_test_images(table: _Table, test: Images) -> None:
     """Say so where meta images are test images too: the advisor would be told the answers."""
-    pairs = twins(table.images, table.meta_ids, test, np.arange(len(test)))
+    pairs = find_duplicates(table.images, table.meta_ids, test, np.arange(len(test)))
     if pairs:
         warnings.warn(
             f"{len(pairs)} of {len(table.meta_ids)} meta images are test images too "

@@ -51,7 +51,7 @@ class Source:
     notes: tuple[str, ...] = ()
     """Sentences that a user is to be told: what was passed over, what was decided."""
 
-    def in_order(self, classes: list[str]) -> "Source":
+    def reorder_classes(self, classes: list[str]) -> "Source":
         """Return the source with its classes in the order of ``classes``, which are the same ones."""
         if classes == self.classes:
             return self

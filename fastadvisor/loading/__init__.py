@@ -5,7 +5,7 @@ from fastadvisor.loading.backends.resident import ResidentImages, ResidentLoader
 from fastadvisor.loading.batch import Batch
 from fastadvisor.loading.build import build_loaders, build_test_loader
 from fastadvisor.loading.loader import EvaluationLoader, Loader, Loaders
-from fastadvisor.loading.memory import into_memory, stage
+from fastadvisor.loading.memory import cache_images, decode_into_memory
 
 __all__ = [
     "Augmentation",
@@ -17,7 +17,7 @@ __all__ = [
     "ResidentLoader",
     "build_loaders",
     "build_test_loader",
-    "into_memory",
+    "cache_images",
+    "decode_into_memory",
     "normalize",
-    "stage",
 ]

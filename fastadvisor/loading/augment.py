@@ -82,13 +82,13 @@ class Augmentation:
 
 def normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:
     """Return (B, H, W, 3) uint8 ``images`` as (B, 3, H, W) float32, scaled to 0..1, less ``mean``, over ``std``."""
-    scale, offset = _affine(mean, std, images.device)
+    scale, offset = _scale_and_offset(mean, std, images.device)
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return planes.mul_(scale).add_(offset)
 
 
 @lru_cache(maxsize=16)
-def _affine(mean: Triple, std: Triple, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_offset(mean: Triple, std: Triple, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return scale and offset, each (3, 1, 1); kept, because a copy to the device in every step would stall it."""
     scale = [1 / (255 * deviation) for deviation in std]
     offset = [-average / deviation for average, deviation in zip(mean, std, strict=True)]

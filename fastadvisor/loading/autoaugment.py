@@ -138,7 +138,7 @@ def _apply_all(images: Tensor, operations: list[Operation | None]) -> Tensor:
         if isinstance(key, Operation):
             done.append(_recolour(part, key))
         else:
-            done.append(part if key is None else _move(part, [one for row in rows if (one := operations[row]) is not None]))
+            done.append(part if key is None else _warp(part, [one for row in rows if (one := operations[row]) is not None]))
     return torch.cat(done)[back]
 
 
@@ -152,12 +152,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _move(images: Tensor, operations: Sequence[Operation]) -> Tensor:
+def _warp(images: Tensor, operations: Sequence[Operation]) -> Tensor:
     """Shear, translate or rotate each image in its own way, as ``torchvision...functional.affine`` does one after another."""
     height, width = images.shape[-2:]
     inverse = torch.tensor([_inverse_matrix(operation, height, width) for operation in operations])
     inverse = to_device(inverse / torch.tensor([[width / 2], [height / 2]]), images.device)
-    x, y = _centred(width, images.device), _centred(height, images.device)[:, None]
+    x, y = _pixel_positions(width, images.device), _pixel_positions(height, images.device)[:, None]
     # Not as a matrix product, which TF32 would make too coarse for a coordinate.
     a, b, c = inverse[..., None, None].unbind(dim=2)
     grid = (a * x + b * y + c).permute(0, 2, 3, 1)
@@ -182,7 +182,7 @@ def _inverse_matrix(operation: Operation, height: int, width: int) -> list[list[
 
 
 @lru_cache(maxsize=32)
-def _centred(side: int, device: torch.device) -> Tensor:
+def _pixel_positions(side: int, device: torch.device) -> Tensor:
     """Return (side,) the position of each pixel from the centre; kept on the device."""
     return torch.linspace((1 - side) / 2, (side - 1) / 2, side, device=device)
 
@@ -197,7 +197,7 @@ def _recolour(images: Tensor, operation: Operation) -> Tensor:
         case "Contrast":
             return F.adjust_contrast(images, 1 + by)
         case "Sharpness":
-            return _sharpness(images, 1 + by)
+            return _adjust_sharpness(images, 1 + by)
         case "Posterize":
             return F.posterize(images, int(by))
         case "Solarize":
@@ -210,19 +210,19 @@ def _recolour(images: Tensor, operation: Operation) -> Tensor:
             return F.invert(images)
 
 
-def _sharpness(images: Tensor, factor: float) -> Tensor:
+def _adjust_sharpness(images: Tensor, factor: float) -> Tensor:
     """As torchvision's, which sends the kernel to the device each time and waits for it."""
     if min(images.shape[-2:]) <= 2:
         return images
     sharp = images.float()
-    blurred = conv2d(sharp, _blur(images.device), groups=3).round_()
+    blurred = conv2d(sharp, _make_blur_kernel(images.device), groups=3).round_()
     inner = sharp[..., 1:-1, 1:-1]
     inner.add_(blurred.sub_(inner), alpha=1 - factor)
     return sharp.clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=16)
-def _blur(device: torch.device) -> Tensor:
+def _make_blur_kernel(device: torch.device) -> Tensor:
     kernel = torch.full((3, 3), 1 / 13)
     kernel[1, 1] = 5 / 13
     return kernel.to(device).expand(3, 1, 3, 3)

@@ -18,12 +18,12 @@ from fastadvisor.loading.backends.dali_pipeline import Work
 from fastadvisor.loading.backends.resident import ResidentEvaluation, ResidentImages, ResidentLoader
 from fastadvisor.loading.backends.stream import Backend, EvaluationStream, StreamLoader
 from fastadvisor.loading.backends.synthetic import SyntheticBackend
-from fastadvisor.loading.choose import choose, geometry_of
+from fastadvisor.loading.choose import choose_geometry, choose_loader
 from fastadvisor.loading.geometry import Geometry
 from fastadvisor.loading.loader import EvaluationLoader, Loader, Loaders
 from fastadvisor.loading.memory import decode_split
 from fastadvisor.loading.order import Order
-from fastadvisor.loading.resized_cache import copied
+from fastadvisor.loading.resized_cache import cache_resized
 from fastadvisor.loading.unreadable import BadImages
 from fastadvisor.runtime.environment import cpu_cores
 
@@ -31,7 +31,7 @@ MOST_WORKERS = 16
 
 
 def build_loaders(config: Config, data: TrainingData, device: torch.device, rank: int = 0, ranks: int = 1) -> Loaders:
-    """Build the loaders of a training run; for a resident one ``data`` has been through :func:`.choose.into_memory`.
+    """Build the loaders of a training run; for a resident one ``data`` has been through :func:`.memory.decode_into_memory`.
 
     Args:
         config: of the run; its batch sizes are those of all ranks together.
@@ -44,26 +44,26 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
         UserError: batches larger than what there is to draw from, images that do not fit in memory, too many that
             cannot be read, or settings that contradict each other.
     """
-    geometry = geometry_of(config, data)
+    geometry = choose_geometry(config, data)
     size = geometry.size
-    name, why = choose(config, data, size, device)
+    name, why = choose_loader(config, data, size, device)
     if config.cutout > size:
         raise UserError(f"--cutout {config.cutout} is larger than the images, which are {size} pixels: use less.")
-    counts = _BadOf(data, config)
+    counts = _BadImagesByPart(data, config)
     if name == "resident":
-        data = counts.without_bad_images(data)
+        data = counts.drop_bad_images(data)
     else:
-        counts.look_for_missing_files(data)
+        counts.count_missing_files(data)
         for part in counts.all():
             part.probe()
-    batch, meta_batch = _batch_sizes(config, data, ranks)
+    batch, meta_batch = _split_batch_sizes(config, data, ranks)
     # Streams of their own, so that the meta-set cycles by itself.
     parts = ((data.train_ids, batch, 2 * config.seed), (data.meta_ids, meta_batch, 2 * config.seed + 1))
-    pad = _augmentation(config, data) if geometry.crop == "pad" else None
+    pad = _build_augmentation(config, data) if geometry.crop == "pad" else None
     train: Loader
     meta: Loader
     if name == "resident":
-        table, augment = ResidentImages.of(data, device), _augmentation(config, data)
+        table, augment = ResidentImages.of(data, device), _build_augmentation(config, data)
         train, meta = (
             ResidentLoader(table, ids, batch, augment=augment, device=device, seed=seed, rank=rank, ranks=ranks)
             for ids, batch, seed in parts
@@ -72,7 +72,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
         labels = data.labels.to(device)
         if pad is not None:
             pad.check_side(size)
-        if name == "torch" and (workers := _workers(config)):
+        if name == "torch" and (workers := _count_workers(config)):
             from fastadvisor.loading.backends.dataloader import check_open_files, check_shared_memory
 
             tests = [min(config.eval_batch_size, len(part)) for part in (data.test, data.val) if part is not None]
@@ -80,8 +80,8 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
             check_open_files(3, workers)  # one of those that test at a time
         train, meta = (
             StreamLoader(
-                _backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed, rank=rank),
-                Order(_array(ids), batch, seed, rank, ranks, _array(data.labels[ids])),
+                _build_backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed, rank=rank),
+                Order(_to_numpy(ids), batch, seed, rank, ranks, _to_numpy(data.labels[ids])),
                 labels,
                 bad=bad,
                 augment=pad if name != "synthetic" else None,
@@ -92,10 +92,10 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
             )
             for (ids, batch, seed), bad in zip(parts, (counts.train, counts.meta), strict=True)
         )
-    test = _test_loader(name, geometry, config, data, data.test, device, counts.test, rank, ranks)
+    test = _build_test_loader(name, geometry, config, data, data.test, device, counts.test, rank, ranks)
     val = None
     if data.val is not None and counts.val is not None:
-        val = _test_loader(name, geometry, config, data, data.val, device, counts.val, rank, ranks)
+        val = _build_test_loader(name, geometry, config, data, data.val, device, counts.val, rank, ranks)
     return Loaders(name, why, size, data, train, meta, test, val, counts.all())
 
 
@@ -105,23 +105,23 @@ def build_test_loader(config: Config, data: TrainingData, device: torch.device) 
     Raises:
         UserError: as :func:`build_loaders`.
     """
-    geometry = geometry_of(config, data)
-    data = replace(data, test=copied(data.test, "test", config, geometry), val=None)
-    name, _ = choose(config, data, geometry.size, device)
-    counts = _BadOf(data, config)
+    geometry = choose_geometry(config, data)
+    data = replace(data, test=cache_resized(data.test, "test", config, geometry), val=None)
+    name, _ = choose_loader(config, data, geometry.size, device)
+    counts = _BadImagesByPart(data, config)
     if name == "resident":
         test = decode_split(data.test, geometry)
-        data = replace(data, test=_without_bad(test, counts.test))
+        data = replace(data, test=_drop_bad(test, counts.test))
     elif name == "synthetic":
         name = "torch"  # what is tested is real
-    if name == "torch" and (workers := _workers(config)):
+    if name == "torch" and (workers := _count_workers(config)):
         from fastadvisor.loading.backends.dataloader import check_shared_memory
 
         check_shared_memory((), (min(config.eval_batch_size, len(data.test)),), geometry.size, workers)
-    return _test_loader(name, geometry, config, data, data.test, device, counts.test), geometry.size
+    return _build_test_loader(name, geometry, config, data, data.test, device, counts.test), geometry.size
 
 
-class _BadOf:
+class _BadImagesByPart:
     """The counts of bad images of each part."""
 
     def __init__(self, data: TrainingData, config: LoaderConfig) -> None:
@@ -135,25 +135,25 @@ class _BadOf:
         """Return those of the parts there are."""
         return [self.train, self.meta, self.test, *([] if self.val is None else [self.val])]
 
-    def look_for_missing_files(self, data: TrainingData) -> None:
+    def count_missing_files(self, data: TrainingData) -> None:
         """Count files that are not there or empty before any work is lost."""
         for part, ids in zip(self.all(), (data.train_ids, data.meta_ids, None, None), strict=False):
-            rows = np.arange(len(part.images)) if ids is None else _array(ids)
+            rows = np.arange(len(part.images)) if ids is None else _to_numpy(ids)
             sizes = part.images.sizes(rows)
             part.add({int(rows[at]): "no such file" if sizes[at] < 0 else "empty file" for at in np.flatnonzero(sizes <= 0)})
 
-    def without_bad_images(self, data: TrainingData) -> TrainingData:
+    def drop_bad_images(self, data: TrainingData) -> TrainingData:
         """Return ``data``, which is in memory, without the images that could not be decoded."""
         assert isinstance(data.images, ArrayImages)
         kept = []
         for part, ids in ((self.train, data.train_ids), (self.meta, data.meta_ids)):
             part.add({row: data.images.bad[row] for row in ids.tolist() if row in data.images.bad})
-            kept.append(ids[torch.from_numpy(~np.isin(_array(ids), list(part.reasons)))] if part.reasons else ids)
-        val = None if data.val is None or self.val is None else _without_bad(data.val, self.val)
-        return replace(data, train_ids=kept[0], meta_ids=kept[1], test=_without_bad(data.test, self.test), val=val)
+            kept.append(ids[torch.from_numpy(~np.isin(_to_numpy(ids), list(part.reasons)))] if part.reasons else ids)
+        val = None if data.val is None or self.val is None else _drop_bad(data.val, self.val)
+        return replace(data, train_ids=kept[0], meta_ids=kept[1], test=_drop_bad(data.test, self.test), val=val)
 
 
-def _without_bad(split: Split, counted: BadImages) -> Split:
+def _drop_bad(split: Split, counted: BadImages) -> Split:
     """Return ``split``, which is in memory, without the images that could not be decoded, which are counted."""
     images = split.images
     assert isinstance(images, ArrayImages)
@@ -167,7 +167,7 @@ def _without_bad(split: Split, counted: BadImages) -> Split:
     return Split(images.select(good), split.labels[torch.from_numpy(good)])
 
 
-def _batch_sizes(config: LoaderConfig, data: TrainingData, ranks: int) -> tuple[int, int]:
+def _split_batch_sizes(config: LoaderConfig, data: TrainingData, ranks: int) -> tuple[int, int]:
     """Return the training and the meta images of one rank in a step.
 
     Raises:
@@ -191,7 +191,7 @@ def _batch_sizes(config: LoaderConfig, data: TrainingData, ranks: int) -> tuple[
     return config.batch_size // ranks, meta // ranks
 
 
-def _test_loader(
+def _build_test_loader(
     name: str,
     geometry: Geometry,
     config: Config,
@@ -206,11 +206,11 @@ def _test_loader(
     if name == "resident":
         assert isinstance(split.images, ArrayImages)
         return ResidentEvaluation(split.images.pixels.to(device), labels, batch, data.mean, data.std, rank, ranks)
-    backend = _backend(name, split.images, geometry, config, data, device, batch, training=False)
+    backend = _build_backend(name, split.images, geometry, config, data, device, batch, training=False)
     return EvaluationStream(backend, labels, batch, bad=bad, mean=data.mean, std=data.std, rank=rank, ranks=ranks)
 
 
-def _backend(
+def _build_backend(
     name: str,
     images: Images,
     geometry: Geometry,
@@ -223,7 +223,7 @@ def _backend(
     seed: int = 0,
     rank: int = 0,
 ) -> Backend:
-    workers = _workers(config)
+    workers = _count_workers(config)
     if name == "synthetic":
         return SyntheticBackend(batch_size, geometry.size, device)
     if name == "dali":
@@ -242,14 +242,14 @@ def _backend(
     return TorchBackend(batches, workers, pin_memory=device.type == "cuda")
 
 
-def _augmentation(config: LoaderConfig, data: TrainingData) -> Augmentation:
+def _build_augmentation(config: LoaderConfig, data: TrainingData) -> Augmentation:
     policy = AutoAugment(config.auto_augment) if config.auto_augment != "none" else None
     return Augmentation(config.crop_padding, config.horizontal_flip, data.mean, data.std, policy, config.cutout)
 
 
-def _workers(config: LoaderConfig) -> int:
+def _count_workers(config: LoaderConfig) -> int:
     return min(MOST_WORKERS, cpu_cores()) if config.workers is None else config.workers
 
 
-def _array(ids: Tensor) -> Ints:
+def _to_numpy(ids: Tensor) -> Ints:
     return ids.cpu().numpy().astype(np.int64)

@@ -14,7 +14,7 @@ RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 8 * 10**9
 """--loader auto keeps images in memory that take this share of what is free at most, and this much at most."""
 
 
-def geometry_of(config: LoaderConfig, data: Source | TrainingData) -> Geometry:
+def choose_geometry(config: LoaderConfig, data: Source | TrainingData) -> Geometry:
     """Return how images become batches; where nothing says their size, it is chosen from them.
 
     Raises:
@@ -23,7 +23,7 @@ def geometry_of(config: LoaderConfig, data: Source | TrainingData) -> Geometry:
     return Geometry.of(config, data.image_size or choose_side(image_tables(data)[0]))
 
 
-def choose(config: LoaderConfig, data: Source | TrainingData, size: int, device: torch.device) -> tuple[str, str]:
+def choose_loader(config: LoaderConfig, data: Source | TrainingData, size: int, device: torch.device) -> tuple[str, str]:
     """Return the loader's name and the reason, for images of ``size`` pixels.
 
     Raises:

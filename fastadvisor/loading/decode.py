@@ -56,7 +56,7 @@ class Unreadable(Exception):
     """An image that cannot be read, with the reason in a few words."""
 
 
-def read(images: Images, row: int) -> bytes:
+def read_encoded(images: Images, row: int) -> bytes:
     """Return the encoded image.
 
     Raises:
@@ -76,7 +76,7 @@ def read(images: Images, row: int) -> bytes:
 
 def decode_rgb(data: bytes) -> Image.Image:
     """Return an image of any format that Pillow knows upright by its EXIF tag and in RGB: alpha dropped, other values than
-    bytes scaled (:func:`_to_bytes`).
+    bytes scaled (:func:`_scale_to_bytes`).
 
     Raises:
         Unreadable: cut short, damaged, too large, or no image.
@@ -85,7 +85,7 @@ def decode_rgb(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             # Before it is turned, which forgets the format: gray of more than 8 bits in PNG and PGM has 16.
             sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-            return _rgb(ImageOps.exif_transpose(image), sixteen=sixteen)
+            return _convert_to_rgb(ImageOps.exif_transpose(image), sixteen=sixteen)
     except (MemoryError, Unreadable):
         raise
     except Image.DecompressionBombError as error:
@@ -93,7 +93,7 @@ def decode_rgb(data: bytes) -> Image.Image:
         size = "" if pixels is None else f" ({int(pixels[0]) // 10**6} megapixels)"
         raise Unreadable(f"too large{size}: at most {MEGAPIXELS} megapixels are read") from None
     except UnidentifiedImageError:
-        raise Unreadable(_format_of(data) or "not an image") from None
+        raise Unreadable(_identify_format(data) or "not an image") from None
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError and more on damaged files.
     except Exception as error:
         raise Unreadable("cut short" if "truncated" in str(error) else "damaged") from None
@@ -108,7 +108,7 @@ def evaluation_pixels(image: Image.Image, geometry: Geometry) -> NDArray[np.uint
 def choose_side(images: Images) -> int:
     """Return the median of the shorter sides over up to 200 images spread over ``images``, at most 224."""
     step = max(1, len(images) // SAMPLE)
-    sides = [side for row in range(0, len(images), step)[:SAMPLE] if (side := _shorter_side(images, row))]
+    sides = [side for row in range(0, len(images), step)[:SAMPLE] if (side := _read_shorter_side(images, row))]
     # No readable header at all: any side will do, decoding names the broken files.
     return min(LARGEST_SIDE, int(median(sides))) if sides else 1
 
@@ -123,7 +123,7 @@ def decode_all(images: Images, rows: Ints, geometry: Geometry) -> tuple[Tensor, 
 
     def work(place: int) -> str | None:
         try:
-            out[place] = evaluation_pixels(decode_rgb(read(images, int(rows[place]))), geometry)
+            out[place] = evaluation_pixels(decode_rgb(read_encoded(images, int(rows[place]))), geometry)
         except Unreadable as reason:
             return str(reason)
         return None
@@ -144,16 +144,16 @@ def available_memory() -> int | None:
         return None
 
 
-def _rgb(image: Image.Image, *, sixteen: bool) -> Image.Image:
+def _convert_to_rgb(image: Image.Image, *, sixteen: bool) -> Image.Image:
     """Return ``image`` in RGB, alpha dropped. ``sixteen``: whether a gray image of more than 8 bits has 16."""
     if image.mode.startswith(("I", "F")):  # gray with more than 8 bits: PIL's own conversion would clip all above 255 to white
-        return Image.fromarray(_to_bytes(np.asarray(image), sixteen=sixteen)).convert("RGB")
+        return Image.fromarray(_scale_to_bytes(np.asarray(image), sixteen=sixteen)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:  # PIL warns when such a palette goes to RGB directly
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def _to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
+def _scale_to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
     """Return (H, W) values of a gray image as bytes.
 
     16 bits lose the lower 8. Others say nothing of their range: fractions (floats in 0 to 1, or a tenth beyond, as resampling
@@ -175,13 +175,13 @@ def _to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
     return ((values.astype(np.float64) - low) * (255 / (high - low if high > low else 1))).round().astype(np.uint8)
 
 
-def _format_of(data: bytes) -> str | None:
+def _identify_format(data: bytes) -> str | None:
     """Return what an image that Pillow does not know is; None if it looks like none."""
     begins = (data[:4], data[4:12])  # a box of the ISO formats begins with its length
     return next((what for magic, what in OTHER_FORMATS.items() if magic in begins), None)
 
 
-def _shorter_side(images: Images, row: int) -> int | None:
+def _read_shorter_side(images: Images, row: int) -> int | None:
     try:
         with Image.open(io.BytesIO(images.encoded(row))) as image:  # decodes the header only
             return min(image.size)

@@ -36,13 +36,13 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         length = data[position + 2] << 8 | data[position + 3]
         if marker in OTHER_FRAMES or marker == SCAN or length < 2:
             return None
-        if marker == EXIF and _turned(data[position + 4 : position + 2 + length]):
+        if marker == EXIF and _is_rotated(data[position + 4 : position + 2 + length]):
             return None
         position += 2 + length
     return None
 
 
-def _turned(segment: bytes) -> bool:
+def _is_rotated(segment: bytes) -> bool:
     """Return whether an APP1 segment holds an EXIF orientation other than upright."""
     if not segment.startswith(b"Exif\x00\x00"):
         return False

@@ -77,7 +77,7 @@ class Loaders:
 
     def bad_table(self) -> str:
         """Return all images that could not be read as CSV."""
-        return unreadable.table(self.bad)
+        return unreadable.to_csv(self.bad)
 
     def bad_count(self) -> int:
         """Return how many images could not be read."""

@@ -9,28 +9,31 @@ from fastadvisor.config import Config
 from fastadvisor.datasets.images import ArrayImages
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
-from fastadvisor.loading.choose import choose, geometry_of, image_tables, memory_needed
+from fastadvisor.loading.choose import choose_geometry, choose_loader, image_tables, memory_needed
 from fastadvisor.loading.decode import available_memory, decode_all
 from fastadvisor.loading.geometry import Geometry
-from fastadvisor.loading.resized_cache import copied
+from fastadvisor.loading.resized_cache import cache_resized
 
 
-def stage(source: Source, config: Config, device: torch.device) -> Source:
+def cache_images(source: Source, config: Config, device: torch.device) -> Source:
     """Bring the images of ``source`` near: small copies in place of large ones (--cache-size), into memory if they fit.
 
     Raises:
-        UserError: as :func:`fastadvisor.loading.resized_cache.copied` and :func:`into_memory`.
+        UserError: as :func:`fastadvisor.loading.resized_cache.cache_resized` and :func:`decode_into_memory`.
     """
     if config.cache_size is not None:
-        geometry = geometry_of(config, replace(source, image_size=config.image_size or source.image_size))
-        train, test = copied(source.train, "training", config, geometry), copied(source.test, "test", config, geometry)
-        meta = None if source.meta is None else copied(source.meta, "meta", config, geometry)
-        val = None if source.val is None else copied(source.val, "val", config, geometry)
+        geometry = choose_geometry(config, replace(source, image_size=config.image_size or source.image_size))
+        train, test = (
+            cache_resized(source.train, "training", config, geometry),
+            cache_resized(source.test, "test", config, geometry),
+        )
+        meta = None if source.meta is None else cache_resized(source.meta, "meta", config, geometry)
+        val = None if source.val is None else cache_resized(source.val, "val", config, geometry)
         source = replace(source, train=train, test=test, meta=meta, val=val, image_size=geometry.size)
-    return into_memory(source, config, device)
+    return decode_into_memory(source, config, device)
 
 
-def into_memory(source: Source, config: Config, device: torch.device) -> Source:
+def decode_into_memory(source: Source, config: Config, device: torch.device) -> Source:
     """Return ``source`` with its images decoded, if the loader is the resident one; else as it is.
 
     Args:
@@ -42,8 +45,8 @@ def into_memory(source: Source, config: Config, device: torch.device) -> Source:
         UserError: too little memory.
     """
     sized = replace(source, image_size=config.image_size or source.image_size)
-    geometry = geometry_of(config, sized)
-    if choose(config, sized, geometry.size, device)[0] != "resident":
+    geometry = choose_geometry(config, sized)
+    if choose_loader(config, sized, geometry.size, device)[0] != "resident":
         return source
     needed, available = memory_needed(source, geometry.size), available_memory()
     if source.meta is not None and not source.meta_drawn:  # joining both holds them twice for a moment

@@ -81,7 +81,7 @@ class Order:
             start += 1
 
 
-def in_sequence(count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> list[Spec]:
+def list_sequential_specs(count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> list[Spec]:
     """Return the batches that cover every ``ranks``-th of rows 0 to ``count`` - 1, from ``rank`` on, once and in order; the
     last may be smaller.
     """

@@ -21,12 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastadvisor.config import LoaderConfig
-from fastadvisor.datasets.duplicates import digest as content_digest
+from fastadvisor.datasets.duplicates import read_digest
 from fastadvisor.datasets.images import ArrayImages, Images, TarImages
 from fastadvisor.datasets.paths import Ints
 from fastadvisor.datasets.types import Split
 from fastadvisor.errors import UserError
-from fastadvisor.loading.decode import Unreadable, decode_rgb, read
+from fastadvisor.loading.decode import Unreadable, decode_rgb, read_encoded
 from fastadvisor.loading.geometry import Geometry
 from fastadvisor.runtime.environment import cache_folder, cpu_cores
 
@@ -90,7 +90,7 @@ class _Table(NamedTuple):
     """Why, for each of ``bad``."""
 
 
-def copied(split: Split, part: str, config: LoaderConfig, geometry: Geometry) -> Split:
+def cache_resized(split: Split, part: str, config: LoaderConfig, geometry: Geometry) -> Split:
     """Return ``split`` with copies in place of its images, whose shorter side is ``config.cache_size`` at most.
 
     Smaller images are copied byte by byte. Copies that are there already are not made again.
@@ -115,22 +115,22 @@ def copied(split: Split, part: str, config: LoaderConfig, geometry: Geometry) ->
             f"--cache-size {size} is under the {geometry.resize} pixels that images are brought to: "
             "raise it, or lower --resize-size or --image-size."
         )
-    folder = _folder(config)
+    folder = _locate_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return Split(_copies(split.images, part, size, folder), split.labels)
+        return Split(_make_copies(split.images, part, size, folder), split.labels)
     except OSError as error:
         raise UserError(
             f"Cannot write the small copies to {folder} ({error.strerror or error}): choose another --cache-dir."
         ) from None
 
 
-def _folder(config: LoaderConfig) -> Path:
+def _locate_folder(config: LoaderConfig) -> Path:
     folder = cache_folder() if config.cache_dir is None else Path(config.cache_dir)
     return folder / f"copies-{config.cache_size}"
 
 
-def _copies(images: Images, part: str, size: int, folder: Path) -> Images:
+def _make_copies(images: Images, part: str, size: int, folder: Path) -> Images:
     count = len(images)
     sizes, times = images.sizes(np.arange(count)), images.times(np.arange(count))
     shards: list[Path] = []
@@ -142,7 +142,7 @@ def _copies(images: Images, part: str, size: int, folder: Path) -> Images:
     ):
         for start in range(0, count, SHARD):
             rows = np.arange(start, min(start + SHARD, count))
-            shard = folder / f"{_digest(images, rows, sizes[rows], times[rows], size)}.tar"
+            shard = folder / f"{_name_shard(images, rows, sizes[rows], times[rows], size)}.tar"
             table = _read_table(shard)
             if table is None:
                 table = _write_shard(images, rows, size, shard, pool)
@@ -155,13 +155,13 @@ def _copies(images: Images, part: str, size: int, folder: Path) -> Images:
     return CopiedImages(shards, number, offset, length, crc, reasons, images)
 
 
-def _digest(images: Images, rows: Ints, sizes: Ints, times: Ints, size: int) -> str:
+def _name_shard(images: Images, rows: Ints, sizes: Ints, times: Ints, size: int) -> str:
     """Return the name of the shard that holds the copies of ``rows``."""
     digest = hashlib.blake2b(f"{VERSION} {size} {QUALITY}".encode(), digest_size=16)
     for row, length, time in zip(rows.tolist(), sizes.tolist(), times.tolist(), strict=True):
         digest.update(os.fsencode(f"\0{os.path.abspath(images.name(row))}\0{length}\0{time}"))
     for row in rows[np.unique(np.linspace(0, len(rows) - 1, READ, dtype=np.int64))].tolist():
-        digest.update(content_digest(images, row) or b"")
+        digest.update(read_digest(images, row) or b"")
     return digest.hexdigest()
 
 
@@ -172,7 +172,7 @@ def _write_shard(images: Images, rows: Ints, size: int, shard: Path, pool: Threa
     partial = shard.with_suffix(f".{os.getpid()}.partial")
     try:
         with tarfile.open(partial, "w") as tar:
-            for place, copy in enumerate(pool.map(lambda row: _attempt(images, row, size), rows.tolist())):
+            for place, copy in enumerate(pool.map(lambda row: _try_copy(images, row, size), rows.tolist())):
                 if isinstance(copy, Unreadable):
                     bad[place] = str(copy)
                     continue
@@ -201,9 +201,9 @@ def _read_table(shard: Path) -> _Table | None:
     return table if whole else None
 
 
-def _attempt(images: Images, row: int, size: int) -> bytes | Unreadable:
+def _try_copy(images: Images, row: int, size: int) -> bytes | Unreadable:
     try:
-        return _copy(read(images, row), size)
+        return _copy(read_encoded(images, row), size)
     except Unreadable as reason:
         return reason
 

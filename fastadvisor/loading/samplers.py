@@ -41,15 +41,15 @@ class ClassAware:
     def epoch(self, ids: Ints, labels: Ints, rng: np.random.Generator) -> Ints:
         """Return (n,) ids, those of small classes several times."""
         present = np.unique(labels)
-        classes = _repeated(present, len(ids), rng)
+        classes = _repeat_shuffled(present, len(ids), rng)
         drawn = np.empty_like(ids)
         for label in present:
             places = np.flatnonzero(classes == label)
-            drawn[places] = _repeated(ids[labels == label], len(places), rng)
+            drawn[places] = _repeat_shuffled(ids[labels == label], len(places), rng)
         return drawn
 
 
-def _repeated(values: Ints, count: int, rng: np.random.Generator) -> Ints:
+def _repeat_shuffled(values: Ints, count: int, rng: np.random.Generator) -> Ints:
     """Return ``count`` of ``values``, in permutations one after the other."""
     turns = -(-count // len(values))
     return rng.permuted(np.tile(values, (turns, 1)), axis=1).reshape(-1)[:count]

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastadvisor.datasets.images import ArrayImages, Images
 from fastadvisor.errors import UserError
-from fastadvisor.loading.decode import Unreadable, decode_rgb, read
+from fastadvisor.loading.decode import Unreadable, decode_rgb, read_encoded
 
 COLUMNS = ("part", "id", "reason", "image")
 PROBED = 32
@@ -57,7 +57,7 @@ class BadImages:
         reasons: dict[int, str] = {}
         for row in np.unique(np.linspace(0, len(self.images) - 1, PROBED, dtype=np.int64)).tolist():
             try:
-                decode_rgb(read(self.images, row))
+                decode_rgb(read_encoded(self.images, row))
                 return
             except Unreadable as error:
                 reasons[row] = str(error)
@@ -76,7 +76,7 @@ class BadImages:
         return [(self.part, row, reason, self.images.name(row)) for row, reason in sorted(self.reasons.items())]
 
 
-def table(parts: Iterable[BadImages]) -> str:
+def to_csv(parts: Iterable[BadImages]) -> str:
     """Return the bad images of ``parts`` as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -10,7 +10,7 @@ from typing import Any
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import TrainingData, load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.loading.choose import geometry_of
+from fastadvisor.loading.choose import choose_geometry
 from fastadvisor.methods import check_method  # and the methods' settings, which the run's file holds, are known
 from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.runtime import checkpoint as checkpoints
@@ -118,7 +118,7 @@ class SavedRun:
         try:
             return int(json.loads(self.folder.summary.read_text(encoding="utf-8"))["image_size"])
         except (OSError, ValueError, KeyError, TypeError):
-            return geometry_of(self.config, self.data()).size
+            return choose_geometry(self.config, self.data()).size
 
     def data(self) -> TrainingData:
         """Return the run's data set, its classes in the order of the logits; read once.
@@ -138,7 +138,7 @@ class SavedRun:
                     f"{self.folder.path} was trained on other classes than the data set has ({min(differing)!r} is in one "
                     "only); check --data-root."
                 )
-            source = source.in_order(self.classes)
+            source = source.reorder_classes(self.classes)
         return prepare(source, self.config, self.config.seed)
 
     def history(self) -> list[dict[str, Any]]:

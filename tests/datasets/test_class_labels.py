@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
-from fastadvisor.datasets.class_labels import class_numbers
+from fastadvisor.datasets.class_labels import resolve_labels
 from fastadvisor.errors import UserError
 
 TWELVE = sorted(str(number) for number in range(12))
@@ -29,7 +29,7 @@ TWELVE = sorted(str(number) for number in range(12))
     ],
 )
 def test_all_names_or_all_numbers(labels, classes, numbers, told):
-    found = class_numbers(labels, classes, "l.csv")
+    found = resolve_labels(labels, classes, "l.csv")
     assert found.numbers.tolist() == numbers
     assert (found.note is None) if told is None else (told in found.note and found.note.startswith("The labels of l.csv"))
 
@@ -49,7 +49,7 @@ def test_all_names_or_all_numbers(labels, classes, numbers, told):
 )
 def test_what_is_neither_is_named(labels, says):
     with pytest.raises(UserError) as error:
-        class_numbers(labels, ["ant", "bee", "cat"], "l.csv", lambda label: " there")
+        resolve_labels(labels, ["ant", "bee", "cat"], "l.csv", lambda label: " there")
     assert says in str(error.value)
 
 
@@ -166,12 +166,12 @@ def test_labels_go_to_the_images_that_their_paths_name(twelve, prefix):
 
 @pytest.mark.parametrize("loader", ["resident", "torch"])
 def test_the_rows_given_are_enough(twelve, loader):
-    from fastadvisor.loading import stage
+    from fastadvisor.loading import cache_images
 
     path = labels_csv(twelve, [("train/3/1.png", "7"), ("train/11/0.png", "0")])
     settings = {"meta_per_class": 1, "labels": path, "loader": loader, "image_size": 6, "crop_padding": 0}
     config = resolve(Config, dataset="imagefolder", data_root=str(twelve), **settings)
-    source = stage(load_source(config), config, torch.device("cpu"))
+    source = cache_images(load_source(config), config, torch.device("cpu"))
     data = prepare(source, config, 0)
     changed = {name: given for name, given in as_given(data).items() if name.split("/")[-2] != given}
     held_out = {data.images.name(row) for row in data.meta_ids.tolist()}

@@ -149,6 +149,8 @@ def test_noise_that_does_not_suit_the_data_is_refused(kind, names, own_map, mess
 def test_a_longer_tail_is_a_subset_of_a_shorter_one():
     labels = np.repeat(np.arange(4), 50)
     ids = np.arange(200)
-    short, long = (corruption.long_tail(labels, ids, corruption.long_tail_counts(50, 4, factor), rng()) for factor in (5, 25))
+    short, long = (
+        corruption.cut_long_tail(labels, ids, corruption.long_tail_counts(50, 4, factor), rng()) for factor in (5, 25)
+    )
     assert set(long) < set(short)
     assert np.bincount(labels[long]).tolist() == corruption.long_tail_counts(50, 4, 25)

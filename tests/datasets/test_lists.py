@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastadvisor.datasets.paths import PathTable
-from fastadvisor.datasets.readers.lists import number_of_classes, read_csv, read_keys, read_list, read_names
+from fastadvisor.datasets.readers.lists import count_classes, read_csv, read_keys, read_list, read_names
 from fastadvisor.errors import UserError
 
 PATHS = ["train/a/1.jpg", "train/b/two words.jpg", "train/é/ß 3.JPEG", "x.jpg"]
@@ -84,7 +84,7 @@ def test_a_list_that_is_missing(tmp_path):
 def test_keys_have_no_label(tmp_path):
     keys = read_keys(write(tmp_path, "images/0/1.jpg\r\n0/two words.jpg\r\n"))
     assert [keys[row] for row in range(2)] == ["images/0/1.jpg", "0/two words.jpg"]
-    short = keys.without_prefix("images/")
+    short = keys.remove_prefix("images/")
     assert [short[row] for row in range(2)] == ["0/1.jpg", "0/two words.jpg"]
 
 
@@ -103,7 +103,7 @@ def test_a_long_list(tmp_path):
 
 
 def test_tables_are_put_one_after_another():
-    table = PathTable.concatenated([PathTable.of(["a", "bc"]).select(np.array([1])), PathTable.of(["d", "", "é"])])
+    table = PathTable.concatenate([PathTable.of(["a", "bc"]).select(np.array([1])), PathTable.of(["d", "", "é"])])
     assert [table[row] for row in range(len(table))] == ["bc", "d", "", "é"]
 
 
@@ -139,10 +139,10 @@ def test_a_csv_that_is_none_names_the_row(tmp_path, content, sentence):
 
 def test_a_label_too_high_for_the_images_is_no_class_number():
     parts = [np.array([0, 1]), np.array([3])]
-    assert number_of_classes(parts[:1]) == 2
-    assert number_of_classes(parts, ["a", "b"]) == 2
+    assert count_classes(parts[:1]) == 2
+    assert count_classes(parts, ["a", "b"]) == 2
     with pytest.raises(UserError, match="highest class number is 3, and there are 3 images: number the classes from 0 on"):
-        number_of_classes(parts)
+        count_classes(parts)
 
 
 def test_names_are_lines(tmp_path):

@@ -13,11 +13,11 @@ from torchvision import datasets
 
 from fastadvisor.config import Config, DataConfig
 from fastadvisor.datasets import FileImages, load_source, prepare, protocol
-from fastadvisor.datasets.duplicates import twins
+from fastadvisor.datasets.duplicates import find_duplicates
 from fastadvisor.datasets.paths import PathTable
 from fastadvisor.datasets.readers import cifar
 from fastadvisor.errors import UserError
-from fastadvisor.loading import decode, into_memory, memory
+from fastadvisor.loading import decode, decode_into_memory, memory
 from fastadvisor.loading.geometry import Geometry
 from fastadvisor.loading.unreadable import BadImages
 from tests.photos import write_photos
@@ -51,7 +51,7 @@ def folders(root, splits=("train", "test"), classes=("a", "b"), per_class=3, siz
 def read(root, **settings):
     """Read and decode, as a run with the resident loader does."""
     config = Config(dataset="imagefolder", data_root=str(root), **settings)
-    source = into_memory(load_source(config), config, torch.device("cpu"))
+    source = decode_into_memory(load_source(config), config, torch.device("cpu"))
     for part, split in (("training", source.train), ("test", source.test)):
         BadImages(part, split.images, len(split), config.max_bad_fraction).add(split.images.bad)
     return source
@@ -304,7 +304,7 @@ def test_a_meta_set_is_drawn_from_a_set_full_of_copies_in_a_few_rounds(tmp_path,
     for name, number in itertools.product(("ant", "bee"), range(24)):
         shutil.copy(root / f"train/{name}/{number}.jpg", root / f"train/{name}/again{number}.jpg")
     rounds = []
-    monkeypatch.setattr(protocol, "twins", lambda *args: rounds.append(args) or twins(*args))
+    monkeypatch.setattr(protocol, "find_duplicates", lambda *args: rounds.append(args) or find_duplicates(*args))
     config = DataConfig(dataset="imagefolder", data_root=str(root), meta_per_class=6)
     data = prepare(load_source(config), config, 0)
     assert len(rounds) <= 5  # one of them is the comparison with the test images

@@ -8,7 +8,7 @@ import pytest
 
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source
-from fastadvisor.datasets.readers.webdataset import _key_and_extension
+from fastadvisor.datasets.readers.webdataset import _split_member_name
 from fastadvisor.errors import UserError
 from tests.photos import encoded, photo
 
@@ -54,12 +54,12 @@ def test_keys_and_extensions_are_the_librarys():
     tariterators = pytest.importorskip("webdataset.tariterators")
     for name in NAMES:
         key, extension = tariterators.base_plus_ext(name)
-        ours = _key_and_extension(name)
+        ours = _split_member_name(name)
         if key is None:
             assert ours[0] is None or ours[1] == ""  # no sample's, or of a kind that is passed over
         else:
             assert ours == (key, extension.lower())
-    assert _key_and_extension("x/.hidden.jpg")[0] is None  # the library: the sample x/
+    assert _split_member_name("x/.hidden.jpg")[0] is None  # the library: the sample x/
 
 
 def test_samples_are_the_librarys(tmp_path):

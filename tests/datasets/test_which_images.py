@@ -157,9 +157,9 @@ def test_trusted_training_images_become_the_meta_set(tmp_path, prefix, loader):
     ]
     (root / "verified.txt").write_text("\n".join(f"{path} {label}" for path, label in trusted))
     config = resolve(Config, dataset="imagefolder", data_root=str(root), meta_list="verified.txt", loader=loader, image_size=12)
-    from fastadvisor.loading import stage
+    from fastadvisor.loading import cache_images
 
-    source = stage(load_source(config), config, torch.device("cpu"))
+    source = cache_images(load_source(config), config, torch.device("cpu"))
     data = prepare(source, config, 0)
     own = [f"train/{path.removeprefix(start).removeprefix('./')}" for path, _ in trusted]
     assert [os.path.relpath(data.images.name(row), root) for row in data.meta_ids.tolist()] == own

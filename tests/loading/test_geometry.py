@@ -13,7 +13,7 @@ from fastadvisor.errors import UserError
 from fastadvisor.loading.decode import Unreadable, decode_rgb, evaluation_pixels
 from fastadvisor.loading.geometry import AREA, ASPECT, DRAWS, Geometry
 from fastadvisor.loading.jpeg import plain_jpeg_size
-from fastadvisor.loading.order import SPARES, Order, in_sequence
+from fastadvisor.loading.order import SPARES, Order, list_sequential_specs
 from tests.photos import encoded, photo
 
 SIZES = [(60, 45), (45, 60), (64, 64), (33, 64), (101, 37), (224, 225)]
@@ -188,7 +188,7 @@ def test_batches_are_a_function_of_seed_and_number():
 
 
 def test_in_sequence():
-    specs = in_sequence(10, 4)
+    specs = list_sequential_specs(10, 4)
     assert [spec.ids.tolist() for spec in specs] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert specs[0].draws is None
-    assert in_sequence(0, 4) == []
+    assert list_sequential_specs(0, 4) == []

@@ -10,10 +10,10 @@ from PIL import Image
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import ArrayImages, load_source, prepare
 from fastadvisor.errors import UserError
-from fastadvisor.loading import build_loaders, into_memory
+from fastadvisor.loading import build_loaders, decode_into_memory
 from fastadvisor.loading.backends import dali
 from fastadvisor.loading.backends.dali_pipeline import Work
-from fastadvisor.loading.choose import choose
+from fastadvisor.loading.choose import choose_loader
 from tests.photos import encoded, photo, write_photos
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def opened():
     def open_loaders(root, loader, rank=0, ranks=1, **settings):
         usual = {"image_size": 24, "batch_size": 4, "meta_batch_size": 3, "eval_batch_size": 5, "workers": 1, "loader": loader}
         config = resolve(Config, dataset="imagefolder", data_root=str(root), **{**usual, **settings})
-        data = prepare(into_memory(load_source(config), config, CPU), config, config.seed)
+        data = prepare(decode_into_memory(load_source(config), config, CPU), config, config.seed)
         built.append(build_loaders(config, data, CPU, rank, ranks))
         return built[-1]
 
@@ -449,7 +449,7 @@ def test_a_batch_that_cannot_be_filled(tmp_path, opened, name):
 
 def chosen(root, device="cpu", **settings):
     config = resolve(Config, dataset="imagefolder", data_root=str(root), **settings)
-    return choose(config, load_source(config), 24, torch.device(device))[0]
+    return choose_loader(config, load_source(config), 24, torch.device(device))[0]
 
 
 def test_auto_takes_what_fits_into_memory_and_streams_the_rest(photos, monkeypatch):

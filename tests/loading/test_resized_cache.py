@@ -14,8 +14,8 @@ from fastadvisor.config import Config, resolve, to_dict
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.datasets.fingerprint import fingerprint
 from fastadvisor.errors import UserError
-from fastadvisor.loading import build_loaders, resized_cache, stage
-from fastadvisor.loading.decode import Unreadable, decode_rgb, evaluation_pixels, read
+from fastadvisor.loading import build_loaders, cache_images, resized_cache
+from fastadvisor.loading.decode import Unreadable, decode_rgb, evaluation_pixels, read_encoded
 from fastadvisor.loading.geometry import Geometry
 from fastadvisor.loading.resized_cache import CopiedImages
 from tests.photos import encoded, photo, write_photos
@@ -37,7 +37,7 @@ def settings(root, tmp_path, **more):
 
 
 def staged(config):
-    return stage(load_source(config), config, CPU)
+    return cache_images(load_source(config), config, CPU)
 
 
 def shards(tmp_path):
@@ -122,8 +122,8 @@ def test_a_damaged_copy_is_found_by_its_checksum(root, tmp_path):
     content[int(images.offset[4]) + 100] ^= 1
     shard.write_bytes(content)
     with pytest.raises(Unreadable, match=r"its copy is damaged: delete .*tar"):
-        read(images, 4)
-    read(images, 5)
+        read_encoded(images, 4)
+    read_encoded(images, 5)
 
 
 def test_what_cannot_be_copied_is_counted_with_its_reason(root, tmp_path):

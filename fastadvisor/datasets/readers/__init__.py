@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from fastadvisor.config import DataConfig
-from fastadvisor.datasets.images import rows_among
+from fastadvisor.datasets.images import match_files
 from fastadvisor.datasets.readers import (
     animal10n,
     cifar,
@@ -68,11 +68,11 @@ def load_source(config: DataConfig) -> Source:
         raise UserError(f"--meta-list is for data sets of files, and {name} is none: drop it, its meta-set is held out.")
     source = READERS[name](config)
     if config.meta_list is not None and name != "list":
-        source = list_files.with_meta_list(source, config)
-    return trusted(source)
+        source = list_files.add_meta_list(source, config)
+    return mark_shared_meta_images(source)
 
 
-def trusted(source: Source) -> Source:
+def mark_shared_meta_images(source: Source) -> Source:
     """Return ``source`` with the meta images that are training images as well, by their paths, marked as such.
 
     Raises:
@@ -82,14 +82,14 @@ def trusted(source: Source) -> Source:
     if meta is None or source.meta_drawn:
         return source
     for part, split in (("test", source.test), ("val", source.val)):
-        among = np.empty(0) if split is None else np.flatnonzero(rows_among(meta.images, split.images) >= 0)
+        among = np.empty(0) if split is None else np.flatnonzero(match_files(meta.images, split.images) >= 0)
         if len(among):
             raise UserError(
                 f"{meta.images.name(int(among[0]))} is named as an image of the meta-set and is a {part} image "
                 f"({len(among)} of {len(meta)} are): a run must not learn from what it is "
                 f"{'tested' if part == 'test' else 'chosen'} on; name other images."
             )
-    rows, first = rows_among(meta.images, source.train.images), rows_among(meta.images, meta.images)
+    rows, first = match_files(meta.images, source.train.images), match_files(meta.images, meta.images)
     again = np.flatnonzero((first >= 0) & (first != np.arange(len(meta))))
     differ = again[(meta.labels[again] != meta.labels[first[again]]).numpy()]
     if len(differ):

@@ -10,7 +10,7 @@ from fastadvisor.config import DataConfig
 from fastadvisor.datasets.images import FileImages
 from fastadvisor.datasets.paths import PathTable
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD, PassedOver, image_files
-from fastadvisor.datasets.readers.locate import root_of
+from fastadvisor.datasets.readers.locate import find_root
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -27,18 +27,18 @@ def read(config: DataConfig) -> Source:
     Raises:
         UserError: a folder is missing, empty or cannot be read, or a file's name has no label.
     """
-    root = root_of(config, "training/ and testing/")
+    root = find_root(config, "training/ and testing/")
     depths = ("training", "*/training", "*/*/training")
     folder = next((path.parent for depth in depths for path in sorted(root.glob(depth))), None)
     if folder is None or not (folder / "testing").is_dir():
         raise UserError(f"{root} must hold training/ and testing/, as in Animal-10N's archive: check --data-root.")
     passed_over = PassedOver()
-    train, test = (_split(folder / part, passed_over) for part in ("training", "testing"))
+    train, test = (_read_split(folder / part, passed_over) for part in ("training", "testing"))
     notes = passed_over.notes()
     return Source("animal10n", list(CLASSES), train, test, mean=MEAN, std=STD, image_size=SIDE, notes=notes)
 
 
-def _split(folder: Path, passed_over: PassedOver) -> Split:
+def _read_split(folder: Path, passed_over: PassedOver) -> Split:
     try:
         files = image_files(folder, folder, passed_over)
     except OSError as error:

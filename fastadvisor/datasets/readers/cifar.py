@@ -88,11 +88,11 @@ def _from_pickles(name: str, root: Path, download: bool) -> Source:
         train, test = (kind(str(root), train=part, download=download) for part in (True, False))
     except (RuntimeError, OSError, EOFError) as error:
         if download:
-            way = f"could not be downloaded to {root} ({_line(error)}): fetch the archive elsewhere and unpack it there."
+            way = f"could not be downloaded to {root} ({_join_lines(error)}): fetch the archive elsewhere and unpack it there."
         else:
             way = f"is incomplete or damaged: delete {root / ARCHIVES[name]} and run again with --download."
         raise UserError(f"{name} {way}") from None
-    return _source(name, list(train.classes), _split(train), _split(test))
+    return _make_source(name, list(train.classes), _make_split(train), _make_split(test))
 
 
 def _from_folders(name: str, root: Path) -> Source:
@@ -106,20 +106,20 @@ def _from_folders(name: str, root: Path) -> Source:
             )
     if len(folders.classes) != len(CLASSES[name]):
         raise UserError(f"{root / 'train'} holds {len(folders.classes)} classes, {name} has {len(CLASSES[name])}.")
-    source = _source(name, folders.classes, folders.train, folders.test)
+    source = _make_source(name, folders.classes, folders.train, folders.test)
     return replace(source, val=folders.val, notes=folders.passed_over.notes())
 
 
-def _source(name: str, classes: list[str], train: Split, test: Split) -> Source:
+def _make_source(name: str, classes: list[str], train: Split, test: Split) -> Source:
     groups = superclasses(classes) if name == "cifar100" else None
     return Source(name, classes, train, test, mean=MEAN, std=STD, image_size=32, superclasses=groups)
 
 
-def _split(dataset: Any) -> Split:
+def _make_split(dataset: Any) -> Split:
     """Return a torchvision CIFAR's images (N, 32, 32, 3) uint8 and labels."""
     images = ArrayImages(torch.from_numpy(np.ascontiguousarray(dataset.data)))
     return Split(images, torch.tensor(dataset.targets, dtype=torch.int64))
 
 
-def _line(error: Exception) -> str:
+def _join_lines(error: Exception) -> str:
     return " ".join(str(error).split())

@@ -8,7 +8,7 @@ import torch
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.paths import Ints, PathTable
 from fastadvisor.datasets.readers.lists import Listed, read_class_names, read_keys, read_list
-from fastadvisor.datasets.readers.locate import find_file, images_below, root_of
+from fastadvisor.datasets.readers.locate import find_file, find_images, find_root
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -27,20 +27,20 @@ def read(config: DataConfig) -> Source:
     Raises:
         UserError: an annotation is missing or cannot be read, a key has no label, or the images are nowhere in the root.
     """
-    root = root_of(config, "category_names_eng.txt, the lists of labels and keys, and images/")
+    root = find_root(config, "category_names_eng.txt, the lists of labels and keys, and images/")
     classes = read_class_names(find_file(root, "category_names_eng.txt"))
-    noisy, clean = (_labels(root, f"{kind}_label_kv.txt") for kind in ("noisy", "clean"))
-    train = _listed(root, "noisy_train_key_list.txt", noisy, "noisy_label_kv.txt")
+    noisy, clean = (_read_labels(root, f"{kind}_label_kv.txt") for kind in ("noisy", "clean"))
+    train = _read_listed(root, "noisy_train_key_list.txt", noisy, "noisy_label_kv.txt")
     if config.variant == "clean-and-noisy":
-        verified = _listed(root, "clean_train_key_list.txt", clean, "clean_label_kv.txt")
+        verified = _read_listed(root, "clean_train_key_list.txt", clean, "clean_label_kv.txt")
         only_noisy = np.flatnonzero(verified.paths.find(train.paths) < 0)
         train = Listed(
-            PathTable.concatenated([train.paths.select(only_noisy), verified.paths]),
+            PathTable.concatenate([train.paths.select(only_noisy), verified.paths]),
             np.concatenate([train.labels[only_noisy], verified.labels]),
         )
-    meta, test = (_listed(root, f"clean_{part}_key_list.txt", clean, "clean_label_kv.txt") for part in ("val", "test"))
+    meta, test = (_read_listed(root, f"clean_{part}_key_list.txt", clean, "clean_label_kv.txt") for part in ("val", "test"))
     splits = {
-        name: Split(images_below(root, part.paths, name, file, [FOLDER]), torch.from_numpy(part.labels))
+        name: Split(find_images(root, part.paths, name, file, [FOLDER]), torch.from_numpy(part.labels))
         for name, part, file in (
             ("train", train, "noisy_train_key_list.txt"),
             ("test", test, "clean_test_key_list.txt"),
@@ -52,15 +52,15 @@ def read(config: DataConfig) -> Source:
     )
 
 
-def _labels(root: Path, name: str) -> Listed:
+def _read_labels(root: Path, name: str) -> Listed:
     paths, labels = read_list(find_file(root, name))
-    return Listed(paths.without_prefix(f"{FOLDER}/"), labels)
+    return Listed(paths.remove_prefix(f"{FOLDER}/"), labels)
 
 
-def _listed(root: Path, name: str, known: Listed, source: str) -> Listed:
+def _read_listed(root: Path, name: str, known: Listed, source: str) -> Listed:
     """Return the keys of the list ``name`` and their labels among the ``known``."""
     file = find_file(root, name)
-    keys = read_keys(file).without_prefix(f"{FOLDER}/")
+    keys = read_keys(file).remove_prefix(f"{FOLDER}/")
     rows: Ints = known.paths.find(keys)
     missing = np.flatnonzero(rows < 0)
     if len(missing):

@@ -10,7 +10,7 @@ from fastadvisor.config import DataConfig
 from fastadvisor.datasets.paths import PathTable
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
 from fastadvisor.datasets.readers.lists import read_class_names, read_names
-from fastadvisor.datasets.readers.locate import images_below, root_of
+from fastadvisor.datasets.readers.locate import find_images, find_root
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -28,10 +28,10 @@ def read(config: DataConfig) -> Source:
     Raises:
         UserError: a list is missing or cannot be read, or names a class that is not in ``meta/classes.txt``.
     """
-    root = root_of(config, "meta/classes.txt, meta/imagelist.tsv, meta/verified_train.tsv and images/")
-    classes = [name for name in read_class_names(_list(root, "classes.txt")) if name != "class_name"]
-    keys = read_names(_list(root, "imagelist.tsv"))[1:]
-    verified = {part: _right(_list(root, f"verified_{part}.tsv")) for part in ("train", "val")}
+    root = find_root(config, "meta/classes.txt, meta/imagelist.tsv, meta/verified_train.tsv and images/")
+    classes = [name for name in read_class_names(_find_list(root, "classes.txt")) if name != "class_name"]
+    keys = read_names(_find_list(root, "imagelist.tsv"))[1:]
+    verified = {part: _read_verified(_find_list(root, f"verified_{part}.tsv")) for part in ("train", "val")}
     held_out = set(verified["train"])
     clean = next((path for path in (root / CLEAN_TEST, root.parent / CLEAN_TEST) if (path / "meta/test.txt").is_file()), None)
     if clean is None:
@@ -42,29 +42,31 @@ def read(config: DataConfig) -> Source:
             stacklevel=3,
         )
         held_out |= set(verified["val"])
-        test = _split(root, "test", "meta/verified_val.tsv", verified["val"], classes)
+        test = _make_split(root, "test", "meta/verified_val.tsv", verified["val"], classes)
     else:
-        test = _split(clean, "test", "meta/test.txt", [f"{key}.jpg" for key in read_names(clean / "meta/test.txt")], classes)
+        test = _make_split(
+            clean, "test", "meta/test.txt", [f"{key}.jpg" for key in read_names(clean / "meta/test.txt")], classes
+        )
     return Source(
         "food101n",
         classes,
-        _split(root, "train", "meta/imagelist.tsv", [key for key in keys if key not in held_out], classes),
+        _make_split(root, "train", "meta/imagelist.tsv", [key for key in keys if key not in held_out], classes),
         test,
         mean=MEAN,
         std=STD,
-        meta=_split(root, "meta", "meta/verified_train.tsv", verified["train"], classes),
+        meta=_make_split(root, "meta", "meta/verified_train.tsv", verified["train"], classes),
         image_size=SIDE,
     )
 
 
-def _list(root: Path, name: str) -> Path:
+def _find_list(root: Path, name: str) -> Path:
     path = root / "meta" / name
     if not path.is_file():
         raise UserError(f"There is no {path}: --data-root must be the folder of Food-101N, with meta/ and images/ in it.")
     return path
 
 
-def _right(path: Path) -> list[str]:
+def _read_verified(path: Path) -> list[str]:
     """Return the keys that a list of ``class/key`` and 0 or 1, under a header, calls right."""
     keys = []
     for number, line in enumerate(read_names(path)[1:], start=2):
@@ -76,7 +78,7 @@ def _right(path: Path) -> list[str]:
     return keys
 
 
-def _split(root: Path, part: str, file: str, keys: list[str], classes: list[str]) -> Split:
+def _make_split(root: Path, part: str, file: str, keys: list[str], classes: list[str]) -> Split:
     """Return the images of ``keys``, what is left of the list ``file`` in ``root``."""
     if not keys:
         raise UserError(f"{root / file} leaves no images to use: fetch the data set again.")
@@ -87,4 +89,4 @@ def _split(root: Path, part: str, file: str, keys: list[str], classes: list[str]
         raise UserError(
             f"The image {keys[int(unknown[0])]} is of a class that is not in meta/classes.txt: correct one of them."
         )
-    return Split(images_below(root, PathTable.of(keys), part, root / file, ["images"]), torch.from_numpy(labels))
+    return Split(find_images(root, PathTable.of(keys), part, root / file, ["images"]), torch.from_numpy(labels))

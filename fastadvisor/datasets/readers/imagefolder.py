@@ -110,7 +110,7 @@ def _list_folders(root: Path) -> Folders:
     if not (root / "train").is_dir() or not tests:
         lacking = "test/ (or val/)" if (root / "train").is_dir() else "train/"
         raise UserError(f"{root} has no folder {lacking}: lay the images out as train/<class>/ and test/<class>/.")
-    classes = _class_names(root / "train")
+    classes = _list_class_names(root / "train")
     if not classes:
         raise UserError(f"{root / 'train'} has no class folders: lay the images out as train/<class>/<image>.")
     passed_over = PassedOver()
@@ -120,12 +120,12 @@ def _list_folders(root: Path) -> Folders:
 
 
 def _list_split(folder: Path, classes: list[str], passed_over: PassedOver) -> Split:
-    found = _class_names(folder)
+    found = _list_class_names(folder)
     for name in sorted(set(found) ^ set(classes)):
         if name in classes:
             raise UserError(f"{folder} has no folder for the class {name!r} of train/: every class must be in both.")
         raise UserError(f"{folder / name} is a class that train/ does not have: add it there or take it out here.")
-    _count_what_is_in_no_class(folder, passed_over)
+    _count_files_outside_classes(folder, passed_over)
     paths, counts = [], []
     for name in classes:
         files = [f"{name}/{file}" for file in image_files(folder / name, folder, passed_over)]
@@ -145,7 +145,7 @@ def image_files(folder: Path, part: Path, passed_over: PassedOver) -> list[str]:
     status = os.stat(part)  # a link back to the part would make all its classes this one
     above = frozenset({(status.st_dev, status.st_ino)} if folder != part else ())
     for beneath, entry in _walk(folder, "", above, part, passed_over):
-        kind = _why_not(entry)
+        kind = _find_reason_to_pass_over(entry)
         if kind is None:
             files.append((beneath, entry.name))
         else:
@@ -182,14 +182,14 @@ def _walk(
             yield from _walk(folder, os.path.join(beneath, entry.name), inner, part, passed_over)
 
 
-def _count_what_is_in_no_class(folder: Path, passed_over: PassedOver) -> None:
+def _count_files_outside_classes(folder: Path, passed_over: PassedOver) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             if _is_folder(entry):
                 if entry.name.startswith("."):
                     passed_over.count(folder, "hidden folders")
             else:
-                passed_over.count(folder, _why_not(entry) or "images in no class folder")
+                passed_over.count(folder, _find_reason_to_pass_over(entry) or "images in no class folder")
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -199,7 +199,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _why_not(entry: "os.DirEntry[str]") -> str | None:
+def _find_reason_to_pass_over(entry: "os.DirEntry[str]") -> str | None:
     """Return as what a file is passed over; None of an image."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if entry.name.startswith("."):
@@ -214,5 +214,5 @@ def _why_not(entry: "os.DirEntry[str]") -> str | None:
     return "dangling links" if entry.is_symlink() else "neither files nor folders"
 
 
-def _class_names(folder: Path) -> list[str]:
+def _list_class_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

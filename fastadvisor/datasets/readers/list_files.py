@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from fastadvisor.config import DataConfig
-from fastadvisor.datasets.class_labels import class_numbers
+from fastadvisor.datasets.class_labels import resolve_labels
 from fastadvisor.datasets.images import FileImages
 from fastadvisor.datasets.paths import Ints, PathTable
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
-from fastadvisor.datasets.readers.lists import number_of_classes, read_class_names, read_csv, read_list
-from fastadvisor.datasets.readers.locate import images_below
+from fastadvisor.datasets.readers.lists import count_classes, read_class_names, read_csv, read_list
+from fastadvisor.datasets.readers.locate import find_images
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -55,16 +55,16 @@ def read(config: DataConfig) -> Source:
         raise UserError(f"list needs --train-list FILE, {HOW}, or --data-root DIR with a train.txt or train.csv in it.")
     root = Path(config.data_root or os.path.dirname(config.train_list or "") or ".")
     named = {"train": config.train_list, "meta": config.meta_list, "test": config.test_list, "val": None}
-    files = {part: _find(root, part, name) for part, name in named.items()}
+    files = {part: _find_list(root, part, name) for part, name in named.items()}
     if files["train"] is None:
         raise UserError(f"There is no train.txt or train.csv in {root}: name the list with --train-list, {HOW}.")
-    parts, unread = _parts(files["train"], "train"), []
+    parts, unread = _read_parts(files["train"], "train"), []
     for part in ("meta", "test", "val"):
         file = files[part]
         if file is not None and part in parts and named[part] is None:
             unread.append(f"The column split of {files['train']} has {part} images, so {file} is not read.")
         elif file is not None:
-            parts[part] = _parts(file, part)[part]
+            parts[part] = _read_parts(file, part)[part]
     folders = {part: part for part in parts}
     if "test" not in parts and "val" in parts:
         parts["test"], folders["test"] = parts.pop("val"), "val"
@@ -73,11 +73,11 @@ def read(config: DataConfig) -> Source:
             f"There are no test images: add a column split to {files['train']}, put a test.txt or val.txt beside it, or name "
             "a list with --test-list."
         )
-    classes, numbers, notes = _classes(root, parts)
-    images = {"train": images_below(root, parts["train"].paths, "train", parts["train"].file)}
+    classes, numbers, notes = _number_classes(root, parts)
+    images = {"train": find_images(root, parts["train"].paths, "train", parts["train"].file)}
     for name in parts.keys() - {"train"}:  # trusted images may be training images, written as these are
         last = [images["train"].root] if name == "meta" else []
-        images[name] = images_below(root, parts[name].paths, folders[name], parts[name].file, last=last)
+        images[name] = find_images(root, parts[name].paths, folders[name], parts[name].file, last=last)
     splits = {name: Split(images[name], torch.from_numpy(numbers[name])) for name in parts}
     meta, val = splits.get("meta"), splits.get("val")
     return Source(
@@ -85,7 +85,7 @@ def read(config: DataConfig) -> Source:
     )
 
 
-def with_meta_list(source: Source, config: DataConfig) -> Source:
+def add_meta_list(source: Source, config: DataConfig) -> Source:
     """Return ``source`` with the images of ``config.meta_list`` as its meta-set; paths are relative to the data set's root, to
     meta/ in it, or to the folder of the training images.
 
@@ -93,17 +93,17 @@ def with_meta_list(source: Source, config: DataConfig) -> Source:
         UserError: it cannot be read, or names a class that is not the data set's.
     """
     root = Path(config.data_root or ".")
-    file = _find(root, "meta", config.meta_list)
+    file = _find_list(root, "meta", config.meta_list)
     assert file is not None
-    part = _parts(file, "meta")["meta"]
+    part = _read_parts(file, "meta")["meta"]
     train = source.train.images
     folders = [train.root.absolute()] if isinstance(train, FileImages) else []
-    numbers, note = class_numbers(part.names, source.classes, file)
-    meta = Split(images_below(root, part.paths, "meta", file, folders), torch.from_numpy(numbers[part.labels]))
+    numbers, note = resolve_labels(part.names, source.classes, file)
+    meta = Split(find_images(root, part.paths, "meta", file, folders), torch.from_numpy(numbers[part.labels]))
     return replace(source, meta=meta, meta_drawn=False, notes=(*source.notes, *([note] if note else [])))
 
 
-def _find(root: Path, part: str, named: str | None) -> Path | None:
+def _find_list(root: Path, part: str, named: str | None) -> Path | None:
     """Return the list of ``part``: the one that is named, from here or from the root, or one by its usual name."""
     if named is not None:
         found = [path for path in dict.fromkeys((Path(named), root / named)) if path.is_file()]
@@ -118,7 +118,7 @@ def _find(root: Path, part: str, named: str | None) -> Path | None:
     return next((root / name for name in DEFAULTS[part] if (root / name).is_file()), None)
 
 
-def _parts(file: Path, wanted: str) -> dict[str, _Part]:
+def _read_parts(file: Path, wanted: str) -> dict[str, _Part]:
     """Return the parts that a column split in ``file`` tells apart, ``wanted`` among them; without one, all as ``wanted``."""
     if file.suffix.lower() != ".csv":
         paths, labels = read_list(file)
@@ -140,7 +140,7 @@ def _parts(file: Path, wanted: str) -> dict[str, _Part]:
     return parts
 
 
-def _classes(root: Path, parts: dict[str, _Part]) -> tuple[list[str], dict[str, Ints], tuple[str, ...]]:
+def _number_classes(root: Path, parts: dict[str, _Part]) -> tuple[list[str], dict[str, Ints], tuple[str, ...]]:
     """Return the classes, the class of each image by part, and what the user is to be told."""
     given = read_class_names(root / "classes.txt") if (root / "classes.txt").is_file() else []
     for part in parts.values():
@@ -152,13 +152,13 @@ def _classes(root: Path, parts: dict[str, _Part]) -> tuple[list[str], dict[str, 
     if given:
         where = " and ".join(dict.fromkeys(str(part.file) for part in parts.values()))
         files = {name: part.file for part in parts.values() for name in part.names}
-        numbers, note = class_numbers(names, given, where, lambda label: f" of {files[label]}")
+        numbers, note = resolve_labels(names, given, where, lambda label: f" of {files[label]}")
         of_name = dict(zip(names, numbers.tolist(), strict=True))
         classes, notes = given, (note,) if note else ()
     elif all(_is_number(name) for name in names):
         of_name, notes = {name: int(name) for name in names}, ()
         counted = (np.array([of_name[name] for name in part.names], dtype=np.int64)[part.labels] for part in parts.values())
-        classes = [str(number) for number in range(number_of_classes(counted))]
+        classes = [str(number) for number in range(count_classes(counted))]
     else:
         by_name = next(part for part in parts.values() if not all(_is_number(name) for name in part.names))
         by_number = [

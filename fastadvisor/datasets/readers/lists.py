@@ -52,7 +52,7 @@ def read_list(path: Path) -> Listed:
     Raises:
         UserError: no such file, an empty one, one that is not text, or a line without a path or an integer label.
     """
-    buffer, start, stop, line = _lines(path)
+    buffer, start, stop, line = _read_lines(path)
     digits, labels = stop.copy(), np.zeros(len(stop), dtype=np.int64)
     for place in range(MOST_DIGITS):
         digit = buffer[np.maximum(digits - 1, 0)] - np.uint8(ZERO)  # wraps around for what is under "0"
@@ -70,16 +70,16 @@ def read_list(path: Path) -> Listed:
             f"{path}, line {line[first]}: {text[:100]!r} is not a path, a blank and a class number: "
             "write it as in 'folder/image.jpg 3'."
         )
-    return Listed(PathTable(buffer, start, _trimmed(buffer, start, digits)), labels)
+    return Listed(PathTable(buffer, start, _strip_blanks(buffer, start, digits)), labels)
 
 
 def read_keys(path: Path) -> PathTable:
     """Read a path a line; otherwise as :func:`read_list`."""
-    buffer, start, stop, _ = _lines(path)
+    buffer, start, stop, _ = _read_lines(path)
     return PathTable(buffer, start, stop)
 
 
-def _lines(path: Path) -> tuple[Bytes, Ints, Ints, Ints]:
+def _read_lines(path: Path) -> tuple[Bytes, Ints, Ints, Ints]:
     """Return the bytes of a text, where each line that is not blank starts and stops, and its number."""
     try:
         buffer = np.fromfile(path, dtype=np.uint8)
@@ -94,7 +94,7 @@ def _lines(path: Path) -> tuple[Bytes, Ints, Ints, Ints]:
     begin = len(BOM) if buffer[:3].tobytes() == BOM else 0
     ends = np.flatnonzero(buffer == NEWLINE).astype(np.int64)
     start, stop = np.append(begin, ends + 1), np.append(ends, len(buffer))
-    stop = _trimmed(buffer, start, stop)
+    stop = _strip_blanks(buffer, start, stop)
     while True:
         blank = (start < stop) & _is_blank(buffer[np.minimum(start, len(buffer) - 1)])
         if not blank.any():
@@ -106,7 +106,7 @@ def _lines(path: Path) -> tuple[Bytes, Ints, Ints, Ints]:
     return buffer, start[kept], stop[kept], kept + 1
 
 
-def _trimmed(buffer: Bytes, start: Ints, stop: Ints) -> Ints:
+def _strip_blanks(buffer: Bytes, start: Ints, stop: Ints) -> Ints:
     """Return ``stop`` with blanks cut off."""
     while True:
         blank = (stop > start) & _is_blank(buffer[np.maximum(stop - 1, 0)])
@@ -168,7 +168,7 @@ def read_names(path: Path) -> list[str]:
     Raises:
         UserError: it cannot be read as text.
     """
-    return [name for _, name in _numbered_lines(path)]
+    return [name for _, name in _read_numbered_lines(path)]
 
 
 def read_class_names(path: Path) -> list[str]:
@@ -178,14 +178,14 @@ def read_class_names(path: Path) -> list[str]:
         UserError: it cannot be read as text, or two classes have one name.
     """
     lines: dict[str, int] = {}
-    for number, name in _numbered_lines(path):
+    for number, name in _read_numbered_lines(path):
         if name in lines:
             raise UserError(f"{path} calls two classes {name!r}, in line {lines[name]} and line {number}: rename one of them.")
         lines[name] = number
     return list(lines)
 
 
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
+def _read_numbered_lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -193,7 +193,7 @@ def _numbered_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
 
 
-def number_of_classes(parts: Iterable[Ints], names: Sequence[str] = ()) -> int:
+def count_classes(parts: Iterable[Ints], names: Sequence[str] = ()) -> int:
     """Return how many classes there are, by name or, without names, by the highest label.
 
     Raises:

@@ -23,7 +23,7 @@ FOLDERS = {
 """What the folder of a part is called."""
 
 
-def root_of(config: DataConfig, holds: str) -> Path:
+def find_root(config: DataConfig, holds: str) -> Path:
     """Return ``config.data_root``; a UserError that says it should hold ``holds`` where there is none."""
     if config.data_root is None:
         raise UserError(f"{config.dataset} needs --data-root DIR, the folder that holds {holds}.")
@@ -39,7 +39,7 @@ def find_file(root: Path, *names: str) -> Path:
     Raises:
         UserError: none is.
     """
-    folders = [root, *_folders(root)]
+    folders = [root, *_list_folders(root)]
     for name in names:
         for folder in folders:
             if (folder / name).is_file():
@@ -47,7 +47,7 @@ def find_file(root: Path, *names: str) -> Path:
     raise UserError(f"There is no {' or '.join(names)} in {root} or a folder right beneath it: check --data-root.")
 
 
-def images_below(
+def find_images(
     root: Path,
     paths: PathTable,
     part: str,
@@ -80,12 +80,12 @@ def images_below(
     tried = [root, *(root / name for name in own), *(root / name for name in folders if (root / name).is_dir())]
     others = {name for names in FOLDERS.values() for name in names}
     if anywhere:
-        tried += [folder for folder in _folders(root) if folder.name.lower() not in others]
+        tried += [folder for folder in _list_folders(root) if folder.name.lower() not in others]
     some = [paths[row] for row in np.linspace(0, len(paths) - 1, PROBED, dtype=np.int64).tolist()]
-    found = _holding(some, tried)
+    found = _find_holding(some, tried)
     if not found:
         tried += last
-        found = _holding(some, last)
+        found = _find_holding(some, last)
     if not found:
         places = " nor in ".join(str(folder) for folder in dict.fromkeys(tried))
         raise UserError(
@@ -100,21 +100,21 @@ def images_below(
     return FileImages(found[0], paths)
 
 
-def _holding(paths: Sequence[str], folders: Iterable[Path]) -> list[Path]:
+def _find_holding(paths: Sequence[str], folders: Iterable[Path]) -> list[Path]:
     """Return those of ``folders`` that one of ``paths`` is in; of several ways to the same file one."""
     found: list[Path] = []
     for folder in dict.fromkeys(folders):
         there = next((path for path in paths if os.path.exists(os.path.join(folder, path))), None)
-        if there is not None and not any(_same(one / there, folder / there) for one in found):
+        if there is not None and not any(_is_same_file(one / there, folder / there) for one in found):
             found.append(folder)
     return found
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same_file(one: Path, other: Path) -> bool:
     return os.path.exists(one) and os.path.samefile(one, other)
 
 
-def _folders(root: Path) -> list[Path]:
+def _list_folders(root: Path) -> list[Path]:
     try:
         return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:

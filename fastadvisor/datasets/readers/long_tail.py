@@ -7,8 +7,8 @@ import torch
 
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
-from fastadvisor.datasets.readers.lists import Listed, number_of_classes, read_list
-from fastadvisor.datasets.readers.locate import find_file, images_below, root_of
+from fastadvisor.datasets.readers.lists import Listed, count_classes, read_list
+from fastadvisor.datasets.readers.locate import find_file, find_images, find_root
 from fastadvisor.datasets.types import Source, Split
 
 LISTS = {"imagenet-lt": "ImageNet_LT", "places-lt": "Places_LT"}
@@ -22,16 +22,16 @@ def read(config: DataConfig) -> Source:
         UserError: a list is missing or cannot be read, or its images are nowhere beneath the root.
     """
     lists = LISTS[config.dataset]
-    root = root_of(config, f"{lists}_train.txt, {lists}_val.txt, {lists}_test.txt and the images")
+    root = find_root(config, f"{lists}_train.txt, {lists}_val.txt, {lists}_test.txt and the images")
     files = {part: find_file(root, f"{lists}_{part}.txt") for part in ("train", "val", "test")}
     listed = {part: read_list(file) for part, file in files.items()}
     splits = {
-        part: Split(images_below(root, paths, part, files[part], anywhere=True), torch.from_numpy(labels))
+        part: Split(find_images(root, paths, part, files[part], anywhere=True), torch.from_numpy(labels))
         for part, (paths, labels) in listed.items()
     }
     return Source(
         config.dataset,
-        _class_names(listed["train"], number_of_classes(labels for _, labels in listed.values())),
+        _name_classes(listed["train"], count_classes(labels for _, labels in listed.values())),
         splits["train"],
         splits["test"],
         mean=MEAN,
@@ -42,7 +42,7 @@ def read(config: DataConfig) -> Source:
     )
 
 
-def _class_names(train: Listed, count: int) -> list[str]:
+def _name_classes(train: Listed, count: int) -> list[str]:
     """Name each class by the folders of its first image, less what all have in common; by its number where that fails."""
     folders: list[list[str]] = [[] for _ in range(count)]
     labels, rows = np.unique(train.labels, return_index=True)

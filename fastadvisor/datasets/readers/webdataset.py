@@ -18,8 +18,8 @@ from fastadvisor.config import DataConfig
 from fastadvisor.datasets.images import TarImages
 from fastadvisor.datasets.paths import Bytes, Ints, PathTable
 from fastadvisor.datasets.readers.imagefolder import EXTENSIONS, MEAN, STD
-from fastadvisor.datasets.readers.lists import number_of_classes, read_class_names
-from fastadvisor.datasets.readers.locate import FOLDERS, root_of
+from fastadvisor.datasets.readers.lists import count_classes, read_class_names
+from fastadvisor.datasets.readers.locate import FOLDERS, find_root
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 from fastadvisor.runtime.environment import cache_folder
@@ -60,8 +60,8 @@ def read(config: DataConfig) -> Source:
         UserError: no shards of a part, one that is compressed or cut short, a sample without an image or label or with
             several, or a key that comes twice.
     """
-    root = root_of(config, "tar shards, as train-000.tar and test-000.tar")
-    shards = {part: _shards(root, words) for part, words in FOLDERS.items()}
+    root = find_root(config, "tar shards, as train-000.tar and test-000.tar")
+    shards = {part: _find_shards(root, words) for part, words in FOLDERS.items()}
     if not shards["test"]:
         shards["test"], shards["val"] = shards["val"], []
     parts: dict[Path, str] = {}
@@ -76,9 +76,9 @@ def read(config: DataConfig) -> Source:
     for part in ("train", "test"):
         if not shards[part]:
             raise UserError(f"There are no {part} shards in {root}: name them as {part}-000.tar, or put them into {part}/.")
-    splits = {part: _split(files, part) for part, files in shards.items() if files}
+    splits = {part: _read_split(files, part) for part, files in shards.items() if files}
     names = read_class_names(root / "classes.txt") if (root / "classes.txt").is_file() else []
-    count = number_of_classes((split.labels.numpy() for split in splits.values()), names)
+    count = count_classes((split.labels.numpy() for split in splits.values()), names)
     classes = names or [str(number) for number in range(count)]
     return Source(
         "webdataset",
@@ -92,13 +92,13 @@ def read(config: DataConfig) -> Source:
     )
 
 
-def _shards(root: Path, words: tuple[str, ...]) -> list[Path]:
+def _find_shards(root: Path, words: tuple[str, ...]) -> list[Path]:
     """Return the shards of the first of ``words`` that has any."""
     for word in words:
-        beside = [path for path in _visible(root) if word in re.split(r"[^a-z]+", path.name.lower())]
+        beside = [path for path in _list_visible(root) if word in re.split(r"[^a-z]+", path.name.lower())]
         files = [path for path in beside if path.is_file()]
         for folder in beside:
-            files += [path for path in _visible(folder) if path.is_file()] if folder.is_dir() else []
+            files += [path for path in _list_visible(folder) if path.is_file()] if folder.is_dir() else []
         for path in files:
             if path.name.endswith(COMPRESSED):
                 raise UserError(f"{path} is compressed, so its images cannot be read where they lie: decompress the shards.")
@@ -108,7 +108,7 @@ def _shards(root: Path, words: tuple[str, ...]) -> list[Path]:
     return []
 
 
-def _visible(folder: Path) -> list[Path]:
+def _list_visible(folder: Path) -> list[Path]:
     """Return what is in ``folder`` and not hidden, as the files that macOS leaves are."""
     try:
         return [path for path in folder.iterdir() if not path.name.startswith(".")]
@@ -116,7 +116,7 @@ def _visible(folder: Path) -> list[Path]:
         raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check --data-root.") from None
 
 
-def _split(shards: list[Path], part: str) -> Split:
+def _read_split(shards: list[Path], part: str) -> Split:
     with (
         ThreadPoolExecutor(THREADS) as pool,
         tqdm(
@@ -124,7 +124,7 @@ def _split(shards: list[Path], part: str) -> Split:
         ) as bar,
     ):
         indices = []
-        for index in pool.map(_index, shards):
+        for index in pool.map(_load_index, shards):
             indices.append(index)
             bar.update()
     lengths = [len(index.size) for index in indices]
@@ -136,7 +136,7 @@ def _split(shards: list[Path], part: str) -> Split:
     return Split(TarImages(shards, np.repeat(np.arange(len(shards)), lengths), offset, size, names), torch.from_numpy(labels))
 
 
-def _index(shard: Path) -> Index:
+def _load_index(shard: Path) -> Index:
     """Return the samples of ``shard``, from the cache if the file has not changed."""
     try:
         status = shard.stat()
@@ -174,7 +174,7 @@ def _scan(shard: Path) -> Index:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                key, extension = _key_and_extension(member.name)
+                key, extension = _split_member_name(member.name)
                 if not member.isfile() or key is None or METADATA.match(member.name):
                     continue
                 kind = extension.rpartition(".")[2]
@@ -188,7 +188,7 @@ def _scan(shard: Path) -> Index:
                     continue
                 content = tar.extractfile(member)
                 assert content is not None
-                label = _label(content.read(), kind, shard, member.name)
+                label = _parse_label(content.read(), kind, shard, member.name)
                 if label is not None:
                     sample.labels[extension] = label
             end = tar.offset
@@ -201,7 +201,7 @@ def _scan(shard: Path) -> Index:
         raise UserError(f"The shard {shard} is cut short or damaged: fetch it again.")
     if not samples:
         raise UserError(f"The shard {shard} holds no images: take it away, or write it again.")
-    found = [_image_and_label(shard, key, sample) for key, sample in samples.items()]
+    found = [_find_image_and_label(shard, key, sample) for key, sample in samples.items()]
     encoded = [os.fsencode(key) for key in samples]
     places = np.array([place for place, _ in found], dtype=np.int64)
     return Index(
@@ -213,7 +213,7 @@ def _scan(shard: Path) -> Index:
     )
 
 
-def _image_and_label(shard: Path, key: str, sample: _Sample) -> tuple[tuple[int, int], int]:
+def _find_image_and_label(shard: Path, key: str, sample: _Sample) -> tuple[tuple[int, int], int]:
     """Return where the image of a sample lies, and its label.
 
     Raises:
@@ -221,7 +221,7 @@ def _image_and_label(shard: Path, key: str, sample: _Sample) -> tuple[tuple[int,
     """
     if not (sample.images and sample.labels):
         raise UserError(f"{shard}: the sample {key} lacks an image, or a label in .cls or .json: write the shard again.")
-    image, label = _meant(shard, key, sample.images, "images"), _meant(shard, key, sample.labels, "labels")
+    image, label = _choose_member(shard, key, sample.images, "images"), _choose_member(shard, key, sample.labels, "labels")
     of_image, of_label = image.rpartition(".")[0], label.rpartition(".")[0]
     if of_label and of_label != of_image:
         raise UserError(f"{shard}: the sample {key} has the image .{image} and the label .{label}: {FIRST_DOT}")
@@ -231,7 +231,7 @@ def _image_and_label(shard: Path, key: str, sample: _Sample) -> tuple[tuple[int,
     return sample.images[image], sample.labels[label]
 
 
-def _meant(shard: Path, key: str, members: Mapping[str, object], what: str) -> str:
+def _choose_member(shard: Path, key: str, members: Mapping[str, object], what: str) -> str:
     """Return the extension of the image, or the label, of a sample: the one without a further dot, as .jpg where there is
     .mask.png beside it, else the only one.
     """
@@ -245,14 +245,14 @@ def _meant(shard: Path, key: str, members: Mapping[str, object], what: str) -> s
     return chosen[0]
 
 
-def _key_and_extension(name: str) -> tuple[str | None, str]:
+def _split_member_name(name: str) -> tuple[str | None, str]:
     """Split at the first dot of the last part, as WebDataset does; a hidden file, as macOS leaves them, is of no sample."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem if stem else None, extension.lower()
 
 
-def _label(content: bytes, extension: str, shard: Path, member: str) -> int | None:
+def _parse_label(content: bytes, extension: str, shard: Path, member: str) -> int | None:
     """Return the class number in a member; None where a .json holds other things than a label."""
     try:
         value = content

@@ -7,8 +7,8 @@ import torch
 
 from fastadvisor.config import DataConfig
 from fastadvisor.datasets.readers.imagefolder import MEAN, STD
-from fastadvisor.datasets.readers.lists import Listed, number_of_classes, read_list, read_names
-from fastadvisor.datasets.readers.locate import find_file, images_below, root_of
+from fastadvisor.datasets.readers.lists import Listed, count_classes, read_list, read_names
+from fastadvisor.datasets.readers.locate import find_file, find_images, find_root
 from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 
@@ -27,33 +27,33 @@ def read(config: DataConfig) -> Source:
     Raises:
         UserError: a list is missing or cannot be read, or its images are nowhere in the root.
     """
-    root = root_of(config, "info/train_filelist_google.txt, info/val_filelist.txt and the images")
+    root = find_root(config, "info/train_filelist_google.txt, info/val_filelist.txt and the images")
     train, test = (read_list(find_file(root, name)) for name in (TRAIN, VAL))
-    names = _class_names(root_file) if (root_file := root / "info" / "synsets.txt").is_file() else []
-    count = number_of_classes((train.labels, test.labels), names)
+    names = _read_class_names(root_file) if (root_file := root / "info" / "synsets.txt").is_file() else []
+    count = count_classes((train.labels, test.labels), names)
     if config.variant == "mini":
         count = min(count, MINI)
-        train, test = (_first_classes(part, count) for part in (train, test))
+        train, test = (_keep_first_classes(part, count) for part in (train, test))
     classes = names[:count] or [str(number) for number in range(count)]
     return Source(
         "webvision",
         classes,
-        Split(images_below(root, train.paths, "train", TRAIN), torch.from_numpy(train.labels)),
-        Split(images_below(root, test.paths, "val", VAL, ["val_images_256", "val_images"]), torch.from_numpy(test.labels)),
+        Split(find_images(root, train.paths, "train", TRAIN), torch.from_numpy(train.labels)),
+        Split(find_images(root, test.paths, "val", VAL, ["val_images_256", "val_images"]), torch.from_numpy(test.labels)),
         mean=MEAN,
         std=STD,
         image_size=SIDE,
     )
 
 
-def _first_classes(part: Listed, count: int) -> Listed:
+def _keep_first_classes(part: Listed, count: int) -> Listed:
     rows = np.flatnonzero(part.labels < count)
     if not len(rows):
         raise UserError(f"--variant mini takes the classes 0 to {count - 1}, and the lists have none of them: drop it.")
     return Listed(part.paths.select(rows), part.labels[rows])
 
 
-def _class_names(synsets: Path) -> list[str]:
+def _read_class_names(synsets: Path) -> list[str]:
     """Return of lines like ``n01440764 tench, Tinca tinca`` the first word for it, with the synset where it is not unique."""
     lines = [line.partition(" ") for line in read_names(synsets)]
     words = [rest.partition(",")[0].strip() or synset for synset, _, rest in lines]

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from fastadvisor.datasets.images import Images, ppm
+from fastadvisor.datasets.images import Images, encode_ppm
 from fastadvisor.datasets.paths import Ints
 from fastadvisor.loading.backends.dali_pipeline import PREFETCH, Work, build_pipeline
-from fastadvisor.loading.backends.resize import as_in_testing, resized
-from fastadvisor.loading.backends.stream import Decoded, with_spares
-from fastadvisor.loading.decode import decode_rgb, read
+from fastadvisor.loading.backends.resize import resize_for_testing, resize_to_square
+from fastadvisor.loading.backends.stream import Decoded, make_samples
+from fastadvisor.loading.decode import decode_rgb, read_encoded
 from fastadvisor.loading.geometry import MIRROR
 from fastadvisor.loading.jpeg import plain_jpeg_size
 from fastadvisor.loading.order import Spec
@@ -70,7 +70,7 @@ class DaliBackend:
         """Images that DALI has failed on, or may have: Pillow decodes them from then on."""
         self._pipeline: Any = None
         self._reader: _Reader | None = None
-        self._flight: deque[Prepared] = deque()
+        self._in_flight: deque[Prepared] = deque()
         self._empty: dict[int, str] = {}
         self._checkpoint: bytes | None = None
         """Of DALI's random numbers, which only AutoAugment draws, after the last batch that was handed out."""
@@ -99,13 +99,13 @@ class DaliBackend:
                 images, done = ready.popleft()
                 yield Decoded(images(), torch.from_numpy(done.ids), done.bad)
             if self._empty:
-                yield self._of_nothing()
+                yield self._make_empty_batch()
         error = self._reader.error
         self.close()
         if error is not None:
             raise error
 
-    def _of_nothing(self) -> Decoded:
+    def _make_empty_batch(self) -> Decoded:
         """Return the bad images of test batches of which nothing could be read."""
         size, bad, self._empty = self.work.geometry.size, self._empty, {}
         return Decoded(torch.empty(0, 3, size, size), torch.empty(0, dtype=torch.int64), bad)
@@ -118,7 +118,7 @@ class DaliBackend:
                     outputs = self._pipeline.run(torch.cuda.current_stream(self.work.device))
                 else:
                     outputs = self._pipeline.run()
-                done = self._flight.popleft()
+                done = self._in_flight.popleft()
                 if self.work.augmented:
                     self._checkpoint = self._pipeline.checkpoint()
                 if self.work.only_decoded:
@@ -133,12 +133,12 @@ class DaliBackend:
         assert self._pool is not None
         geometry, count = self.work.geometry, len(batch.samples)
         out = np.empty((count, geometry.size, geometry.size, 3), dtype=np.uint8)
-        mirror = self._mirror(batch)
+        mirror = self._choose_mirrored(batch)
 
         def resize(places: Ints) -> None:
             for place in places.tolist():
                 image = torch.from_numpy(np.asarray(decoded[place])).permute(2, 0, 1)
-                image = resized(image, geometry.size) if self.work.cropped else as_in_testing(image, geometry)
+                image = resize_to_square(image, geometry.size) if self.work.cropped else resize_for_testing(image, geometry)
                 # By numpy: torch would use threads of its own for a copy of this size.
                 pixels = image.permute(1, 2, 0).numpy()
                 out[place] = pixels[:, ::-1] if mirror[place] else pixels
@@ -153,7 +153,7 @@ class DaliBackend:
 
         return wait
 
-    def _mirror(self, batch: Prepared) -> NDArray[np.int32]:
+    def _choose_mirrored(self, batch: Prepared) -> NDArray[np.int32]:
         """Return 1 for the images of a batch that are to be mirrored."""
         if not (self.work.cropped and self.work.mirror) or batch.spec.draws is None:
             return np.zeros(len(batch.samples), dtype=np.int32)
@@ -162,12 +162,12 @@ class DaliBackend:
     def _recover(self, error: RuntimeError) -> None:
         """DALI has given up: have Pillow decode all that was under way, and begin again with the first of it."""
         assert self._reader is not None
-        under_way = list(self._flight)
+        under_way = list(self._in_flight)
         suspects = {int(row) for prepared in under_way for row in prepared.ids}
         if suspects <= self._by_pillow:
             raise error
         self._by_pillow |= suspects
-        self._flight.clear()
+        self._in_flight.clear()
         self._reader.put_back([self._prepare(prepared.spec) for prepared in under_way])
         self._pipeline = self._build()
 
@@ -175,26 +175,26 @@ class DaliBackend:
         """Read a batch."""
 
         def attempt(place: int, row: int) -> Sample:
-            data = read(self.images, row)
+            data = read_encoded(self.images, row)
             size = None if row in self._by_pillow else plain_jpeg_size(data)
             if size is None:
                 pixels = np.asarray(decode_rgb(data))
-                data, size = ppm(pixels), (pixels.shape[1], pixels.shape[0])
+                data, size = encode_ppm(pixels), (pixels.shape[1], pixels.shape[0])
             encoded = np.frombuffer(data, dtype=np.uint8)
             if spec.draws is None or not self.work.cropped:
                 return Sample(encoded, self.work.geometry.test_box(*size))
             return Sample(encoded, self.work.geometry.train_box(*size, spec.draws[place]))
 
-        return Prepared(spec, *with_spares(spec, attempt, self._in_threads))
+        return Prepared(spec, *make_samples(spec, attempt, self._map_in_threads))
 
-    def _in_threads(self, function: Callable[[int], Any], places: Iterable[int]) -> list[Any]:
+    def _map_in_threads(self, function: Callable[[int], Any], places: Iterable[int]) -> list[Any]:
         """``map`` with a few long tasks: one a sample would cost more than reading it."""
         assert self._pool is not None
         parts = np.array_split(np.fromiter(places, dtype=np.int64), max(2, self.work.threads))
         done = self._pool.map(lambda part: [function(place) for place in part.tolist()], parts)
         return [one for part in done for one in part]
 
-    def _next(self) -> tuple[Any, ...]:
+    def _feed(self) -> tuple[Any, ...]:
         """Return what DALI asks for; it calls this as often as it has room, and stops at StopIteration."""
         assert self._reader is not None
         prepared = self._reader.get()
@@ -203,18 +203,18 @@ class DaliBackend:
             if self.work.training:
                 raise StopIteration  # the next may be no better, without end
             prepared = self._reader.get()
-        self._flight.append(prepared)
+        self._in_flight.append(prepared)
         box = np.array([sample.box for sample in prepared.samples], dtype=np.float32)
         start, end = box[:, 1::-1], box[:, :1:-1]  # DALI counts (vertical, horizontal)
         encoded = [sample.encoded for sample in prepared.samples]
         if not self.work.cropped:
             return encoded, np.ascontiguousarray(start), np.ascontiguousarray(end)
-        return encoded, start.astype(np.int32), (end - start).astype(np.int32), self._mirror(prepared)
+        return encoded, start.astype(np.int32), (end - start).astype(np.int32), self._choose_mirrored(prepared)
 
     def _build(self) -> Any:
         # Recorded, not filtered: DALI sets the filter itself while it warns that its AutoAugment uses its old names.
         with warnings.catch_warnings(record=True):
-            pipeline = build_pipeline(self.work, self._next, self._checkpoint)
+            pipeline = build_pipeline(self.work, self._feed, self._checkpoint)
             pipeline.build()
         return pipeline
 
@@ -236,7 +236,7 @@ class DaliBackend:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader = self._pool = self._pipeline = None
-        self._flight.clear()
+        self._in_flight.clear()
 
 
 @dataclass

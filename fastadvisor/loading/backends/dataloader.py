@@ -15,9 +15,9 @@ from torchvision.transforms import v2
 
 from fastadvisor.datasets.images import Images
 from fastadvisor.errors import UserError, too_many_open_files
-from fastadvisor.loading.backends.resize import as_in_testing, resized
-from fastadvisor.loading.backends.stream import Decoded, with_spares
-from fastadvisor.loading.decode import decode_rgb, read
+from fastadvisor.loading.backends.resize import resize_for_testing, resize_to_square
+from fastadvisor.loading.backends.stream import Decoded, make_samples
+from fastadvisor.loading.decode import decode_rgb, read_encoded
 from fastadvisor.loading.geometry import MIRROR, Draws, Geometry
 from fastadvisor.loading.jpeg import plain_jpeg_size
 from fastadvisor.loading.order import Spec
@@ -57,7 +57,7 @@ class Batches(Dataset["Decoded | UserError"]):
         What a user can put right is returned: torch would add the worker's traceback to what it raises in the main process.
         """
         try:
-            decoded = self._decoded(spec)
+            decoded = self._decode(spec)
             if get_worker_info() is not None:
                 # Here, not by the queue's own thread, which cannot tell the main process of memory that has run out.
                 decoded.images.share_memory_()
@@ -72,25 +72,25 @@ class Batches(Dataset["Decoded | UserError"]):
                 raise
             return UserError(f"The shared memory in {SHARED} is full: {ROOM}, or lower --workers or --batch-size.")
 
-    def _decoded(self, spec: Spec) -> Decoded:
+    def _decode(self, spec: Spec) -> Decoded:
         size = self.geometry.size
 
         def attempt(place: int, row: int) -> Tensor:
-            return self._sample(read(self.images, row), None if spec.draws is None else spec.draws[place])
+            return self._make_sample(read_encoded(self.images, row), None if spec.draws is None else spec.draws[place])
 
-        samples, ids, bad = with_spares(spec, attempt)
+        samples, ids, bad = make_samples(spec, attempt)
         out = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
         for place, sample in enumerate(samples):
             out[place] = sample.permute(1, 2, 0)
         return Decoded(out, torch.from_numpy(ids), bad)
 
-    def _sample(self, data: bytes, draws: Draws | None) -> Tensor:
+    def _make_sample(self, data: bytes, draws: Draws | None) -> Tensor:
         """Return (3, S, S) uint8."""
         image = decode(data)
         if draws is None or self.geometry.crop == "pad":
-            return as_in_testing(image, self.geometry)
+            return resize_for_testing(image, self.geometry)
         left, top, right, bottom = self.geometry.train_box(image.shape[-1], image.shape[-2], draws)
-        image = resized(image[:, top:bottom, left:right], self.geometry.size)
+        image = resize_to_square(image[:, top:bottom, left:right], self.geometry.size)
         if self.mirror and draws[MIRROR] < 0.5:
             image = image.flip(-1)
         if self.policy is not None:
@@ -131,8 +131,8 @@ class TorchBackend:
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             prefetch_factor=PREFETCH if self.workers else None,
-            collate_fn=_as_it_is,
-            worker_init_fn=_modest,
+            collate_fn=_return_batch,
+            worker_init_fn=_set_up_worker,
             generator=torch.Generator(),  # seeds the workers, else from the global one: the run's other numbers would move
         )
         try:
@@ -202,21 +202,21 @@ def check_open_files(loaders: int, workers: int) -> None:
             raise too_many_open_files()
 
 
-def _as_it_is(batch: Any) -> Any:
+def _return_batch(batch: Any) -> Any:
     return batch
 
 
-def _end(error: Exception, batch: object) -> None:
+def _end_worker(error: Exception, batch: object) -> None:
     """End the worker: what it cannot hand over is lost, and the main process would wait for it without end."""
     os._exit(1)
 
 
-def _modest(worker: int) -> None:
+def _set_up_worker(worker: int) -> None:
     """A worker holds one batch; it has no use for the heap that a training step wants kept. Signals sent to all processes of a
     run, as by Ctrl-C, are for the run to answer: it ends its workers itself.
     """
     return_freed_memory()
-    setattr(queues.Queue, "_on_queue_feeder_error", staticmethod(_end))  # noqa: B010 (not typed)
+    setattr(queues.Queue, "_on_queue_feeder_error", staticmethod(_end_worker))  # noqa: B010 (not typed)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

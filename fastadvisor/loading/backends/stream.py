@@ -15,7 +15,7 @@ from fastadvisor.loading.augment import Augmentation, normalize
 from fastadvisor.loading.autoaugment import cutout
 from fastadvisor.loading.batch import Batch
 from fastadvisor.loading.decode import Unreadable
-from fastadvisor.loading.order import Order, Spec, in_sequence
+from fastadvisor.loading.order import Order, Spec, list_sequential_specs
 from fastadvisor.loading.samplers import Sampler
 from fastadvisor.loading.unreadable import BadImages
 
@@ -193,7 +193,7 @@ class EvaluationStream:
 
     def __iter__(self) -> Iterator[Batch]:
         device = self.labels.device
-        for decoded in self.backend.decode(in_sequence(len(self.labels), self.batch_size, self.rank, self.ranks)):
+        for decoded in self.backend.decode(list_sequential_specs(len(self.labels), self.batch_size, self.rank, self.ranks)):
             self.bad.add(decoded.bad)
             if not len(decoded.ids):
                 continue
@@ -207,7 +207,7 @@ class EvaluationStream:
         self.backend.close()
 
 
-def with_spares(
+def make_samples(
     spec: Spec, attempt: Callable[[int, int], T], run: Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]] = map
 ) -> tuple[list[T], Ints, dict[int, str]]:
     """Make every sample of a batch, and put the next spare where one cannot be read.
