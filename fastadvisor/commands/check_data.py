@@ -1,4 +1,4 @@
-"""``fastadvisor data check``: what a data set holds, before a week of training finds out."""
+"""``fastadvisor data check``: find what is wrong with a data set before a long training does."""
 
 import io
 import warnings
@@ -27,16 +27,16 @@ from fastadvisor.loading.unreadable import BadImages
 from fastadvisor.runtime.environment import cpu_cores
 
 CHUNK = 256
-"""Images a thread looks at before it reports."""
+"""Number of images that a thread inspects before it reports."""
 
 MANY, FEW = 100, 20
-"""A class with more images than MANY is many-shot, with fewer than FEW few-shot."""
+"""A class with more than MANY images is many-shot, one with fewer than FEW is few-shot, all others are medium-shot."""
 
 Digests = NDArray[np.void]
 
 
 class _PartFacts(NamedTuple):
-    """What looking at every image of a part gave."""
+    """What was found out about the images of a part."""
 
     digests: Digests
     reasons: dict[int, str]
@@ -45,7 +45,7 @@ class _PartFacts(NamedTuple):
 
 
 class _ImageFacts(NamedTuple):
-    """What looking at one image gave."""
+    """What was found out about one image."""
 
     digest: bytes
     reason: str | None = None
@@ -54,11 +54,11 @@ class _ImageFacts(NamedTuple):
 
 
 def check_data(source: Source, config: CheckConfig) -> Report:
-    """Look at every image of ``source`` and at what the protocols of ``config`` make of it; each file is read once.
+    """Inspect every image of ``source`` and apply the protocols of ``config`` to it; each file is read once.
 
     Args:
-        source: as a reader gives it.
-        config: with ``decode`` off, files are read but not decoded.
+        source: the data set, as a reader returns it.
+        config: the settings of the check and the protocols; with ``decode`` off, files are read but not decoded.
     """
     splits = {"training": source.train, "meta": source.meta, "test": source.test, "val": source.val}
     parts = {name: split for name, split in splits.items() if split is not None}
@@ -131,7 +131,7 @@ def _inspect(split: Split, row: int, *, decode: bool) -> _ImageFacts:
 
 
 def _find_oddities(data: bytes, name: str) -> tuple[str, ...]:
-    """Return in which ways an image that can be decoded is not the plain JPEG that its name may promise."""
+    """Return in which ways an image that can be decoded is unusual, such as a PNG named .jpg or a CMYK image."""
     found = []
     with Image.open(io.BytesIO(data)) as image:
         suffix = Path(name).suffix.lower()
@@ -153,11 +153,12 @@ def _count_labels(labels: Tensor, classes: int) -> Ints:
 
 
 class _Groups(NamedTuple):
-    """Images by content, over all parts: images of one group are the same."""
+    """The images of all parts, grouped by content."""
 
     of: dict[str, Ints]
-    """The group of each image of a part; -1 where it cannot be read."""
+    """The group of each image, (N,) int64 for each part; -1 if the image cannot be read."""
     sizes: Ints
+    """The number of images in each group, (G,) int64."""
 
 
 def _group_by_content(seen: Mapping[str, _PartFacts]) -> _Groups:
@@ -189,9 +190,9 @@ def _report_part(split: Split, seen: _PartFacts, per_class: dict[str, int], grou
 
 
 def _compare_parts(report: Report, parts: Mapping[str, Split], groups: _Groups, meta_rows: Ints | None) -> None:
-    """Fill in what is there more than once; ``meta_rows`` as in :class:`Source`."""
+    """Fill in which images occur more than once; ``meta_rows`` is that of :class:`Source`."""
     of = dict(groups.of)
-    if meta_rows is not None:  # training images that a run takes for the meta-set
+    if meta_rows is not None:  # training images that a run moves to the meta-set
         of["training"] = np.delete(of["training"], meta_rows[meta_rows >= 0])
     pairs = (
         ("meta", "training"),
@@ -228,7 +229,7 @@ def _compare_parts(report: Report, parts: Mapping[str, Split], groups: _Groups, 
 
 def _apply_protocol(report: Report, source: Source, config: CheckConfig, digests: Digests) -> None:
     """Fill in what a run with these settings would train on."""
-    with warnings.catch_warnings(record=True):  # of images that parts share: told above, however large the data set
+    with warnings.catch_warnings(record=True):  # of images that parts share, which the report tells already
         warnings.simplefilter("always")
         try:
             data = prepare(source, config, config.seed)

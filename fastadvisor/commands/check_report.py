@@ -1,4 +1,4 @@
-"""What ``fastadvisor data check`` reports: the numbers, and the tables, sentences and files that they become."""
+"""The report of ``fastadvisor data check``: its numbers, and the tables, sentences and files that are made of them."""
 
 import csv
 import io
@@ -12,52 +12,52 @@ from fastadvisor.loading import unreadable
 from fastadvisor.loading.unreadable import BadImages
 
 MOST_CLASSES = 20
-"""That are listed one by one; --output lists all."""
+"""Most classes that are listed one by one; --output lists all."""
 
 SHOWN = 3
-"""Bad images of a part that the report names; --output lists all."""
+"""Number of bad images of a part that the report names; --output lists all."""
 
 
 @dataclass
 class PartReport:
-    """What one part (training, meta, test) holds."""
+    """The contents of one part (training, meta, test, val)."""
 
     images: int
     per_class: dict[str, int]
     imbalance_factor: float | None
-    """Largest class over the smallest; None with an empty class."""
+    """The size of the largest class over that of the smallest; None if a class is empty."""
     missing: int
-    """Files that are not there or empty."""
+    """Number of files that are missing or empty."""
     broken: int
-    """Files that cannot be decoded."""
+    """Number of files that cannot be decoded."""
     unusual: dict[str, int]
-    """Images that are not plain JPEGs under that name, by what they are; they are read all the same."""
+    """Number of images that are unusual but can be read, by kind, such as PNGs named .jpg or CMYK images."""
     shorter_side: tuple[int, int, int] | None
-    """Least, median and most, in pixels."""
+    """Smallest, median and largest shorter side of the images, in pixels."""
     duplicates: int
-    """Images that are there already, byte for byte."""
+    """Number of images that repeat an earlier image of the part, byte for byte."""
 
 
 @dataclass
 class Report:
-    """What ``fastadvisor data check`` found."""
+    """The results of ``fastadvisor data check``."""
 
     name: str
     classes: int
     parts: dict[str, PartReport]
     conflicts: int
-    """Training images that are there again under another label."""
+    """Number of training images that occur again with another label."""
     shared: dict[str, int]
-    """Images of the first part that are in the second, too: "meta in training" and so on."""
+    """Number of images that two parts share, by their names, as in "meta in training"."""
     protocol: dict[str, Any] | None
-    """What a run with these settings trains on; None where it would refuse."""
+    """What a run with these settings would train on; None if it would be refused."""
     problems: list[str]
-    """What a run would refuse, or should."""
+    """Sentences about what a run refuses, or should refuse."""
     notes: list[str]
-    """What is worth knowing."""
+    """Sentences about what is worth knowing."""
     bad: list[BadImages] = field(default_factory=list, repr=False)
     repeated: list[tuple[int, str, int, int, str]] = field(default_factory=list, repr=False)
-    """(group, part, id, label, name) of every image that is there more than once."""
+    """(group, part, id, label, name) of every image that occurs more than once."""
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return a table of the parts."""
@@ -73,7 +73,7 @@ class Report:
         return rows
 
     def class_rows(self) -> list[tuple[str, ...]]:
-        """Return a table of images a class; of many classes the largest and the smallest by training images."""
+        """Return a table of the images of each class; of many classes, those with the most and the fewest training images."""
         counts = [part.per_class for part in self.parts.values()]
         names = list(counts[0])
         order = list(range(len(names)))
@@ -87,7 +87,7 @@ class Report:
         return rows
 
     def remarks(self) -> list[str]:
-        """Return what else there is to say, a sentence each; the first problem is left to the caller."""
+        """Return all other results as sentences; the first problem is left to the caller."""
         lines = []
         for name, part in self.parts.items():
             if part.unusual:
@@ -110,7 +110,7 @@ class Report:
         """Write ``check.json``, ``bad_images.csv`` and ``duplicates.csv``.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: the files cannot be written.
         """
         told = {key: value for key, value in vars(self).items() if key not in ("bad", "repeated")}
         told["parts"] = {name: vars(part) for name, part in self.parts.items()}
@@ -131,7 +131,11 @@ class Report:
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report; a UserError where that cannot be."""
+    """Make the folder of a report.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

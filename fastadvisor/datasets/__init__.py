@@ -1,4 +1,4 @@
-"""What data sets are: where their images and labels lie, and what the protocols make of them. See README.md in this folder."""
+"""Data sets: reading them from disk, and the protocols that turn one into training data. See README.md in this folder."""
 
 from fastadvisor.datasets.images import ArrayImages, FileImages, Images
 from fastadvisor.datasets.protocol import prepare

@@ -1,4 +1,4 @@
-"""Labels as people write them, by the name of a class or by its number: which of the two is never guessed."""
+"""Labels as text, by the name of a class or by its number. A fixed rule decides which it is."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,35 +10,35 @@ from fastadvisor.errors import UserError, nearest
 
 
 class ClassNumbers(NamedTuple):
-    """What labels come to."""
+    """The classes that some labels stand for."""
 
     numbers: Ints
-    """The class of each label."""
+    """(L,) int64: the class number of each label."""
     note: str | None
-    """What to tell the user where a label could be read both ways."""
+    """What to tell the user if a label could be read either way; None if none could."""
 
 
 def resolve_labels(
     labels: Sequence[str], classes: Sequence[str], where: object, place: Callable[[str], str] = lambda label: ""
 ) -> ClassNumbers:
-    """Return the classes that ``labels`` mean.
+    """Return the class number of each label.
 
-    If all of them are names of classes, they are taken as names; else, if all are numbers of classes (0 to C - 1), as numbers.
-    The two differ where classes have numbers for names: folders ``0`` to ``11`` in alphabetical order are 0, 1, 10, 11, 2, ...,
-    so ``2`` is the name of class number 4.
+    If all labels are names of classes, they are taken as names. Otherwise, if all are class numbers (0 to C - 1), they are
+    taken as numbers. The two readings differ where the names of classes are numbers themselves: folders ``0`` to ``11`` sort as
+    0, 1, 10, 11, 2, ..., so ``2`` is the name of class number 4.
 
     Args:
-        labels: as they are written, such as each different one of a file once.
-        classes: C names in the order of their numbers.
-        where: what to call their source in messages.
-        place: a label to where it stands there, in words.
+        labels: L labels as they are written; usually the distinct labels of a file.
+        classes: C names, in the order of the class numbers.
+        where: the file or files that the labels are from, for messages.
+        place: returns where in that file a label stands, in words, for messages.
 
     Raises:
-        UserError: some are neither, or some only names and others only numbers.
+        UserError: a label is neither a name nor a class number, or some labels are only names and others only numbers.
     """
     names = {name: number for number, name in enumerate(classes)}
     values = {int(name): number for name, number in names.items() if _is_number(name)}
-    if len(values) < len(names):  # 2 is the class 02 as well, if all have numbers for names, and different ones
+    if len(values) < len(names):  # 2 means the class 02 too, but only if all names are numbers and no two are equal
         values = {}
     by_name = [names.get(label, values.get(int(label), -1) if _is_number(label) else -1) for label in labels]
     by_number = [int(label) if _is_number(label) and int(label) < len(classes) else -1 for label in labels]

@@ -1,6 +1,6 @@
-"""The protocols on label arrays, without any images: meta-set, long tail, label noise (method.md; paper 4.1).
+"""The protocols as functions of label arrays alone: meta-set, long tail, label noise (method.md; paper 4.1).
 
-Everything here is a pure function of its arguments: randomness comes from the generator that is passed in.
+Every function here is pure: all randomness comes from the generator that is passed in.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fastadvisor.errors import UserError
 Ints = NDArray[np.int64]
 
 SEMANTIC = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
-"""CIFAR-10's look-alikes; the other classes keep their labels (paper 4.1)."""
+"""The class of CIFAR-10 that each of these classes is mistaken for; the other classes keep their labels (paper 4.1)."""
 
 
 def draw_meta_set(
@@ -27,18 +27,18 @@ def draw_meta_set(
     """Draw the balanced clean meta-set (paper 4.1), before anything else is done to the data set.
 
     Args:
-        labels: (N,) the data set's own labels.
-        per_class: images to draw from each class.
-        classes: names, for messages.
-        eligible: (N,) which images may be drawn.
-        rng: drawn from once a class.
-        leave: images of each class that must be left; 0 where they are drawn from a set of their own.
+        labels: (N,) int64, the data set's own labels.
+        per_class: number of images to draw from each class.
+        classes: C names, for messages.
+        eligible: (N,) bool, which images may be drawn.
+        rng: used once for each class, in order.
+        leave: number of images of each class that must remain; 0 if the meta-set is drawn from a set that is not trained on.
 
     Returns:
-        (per_class * C,) sorted sample ids.
+        (per_class * C,) int64: the sample ids, sorted.
 
     Raises:
-        UserError: a class that would be left without training images, or has too few eligible ones.
+        UserError: a class has too few images or too few eligible ones, or would be left without training images.
     """
     chosen = []
     for label, name in enumerate(classes):
@@ -71,8 +71,8 @@ def long_tail_counts(n_max: int, classes: int, imbalance_factor: float) -> list[
 def long_tail_profile(available: Sequence[int], imbalance_factor: float) -> list[int]:
     """Return the class sizes of the exponential profile for classes that have ``available`` images.
 
-    n_max is the mean of ``available`` (method.md). Where a class cannot fill its place by more than a tenth, as in
-    Clothing1M, n_max is lowered until all can: the factor stays what was asked for.
+    n_max is the mean of ``available``, rounded down (method.md). If a class has less than nine tenths of the images that the
+    profile wants of it, as in Clothing1M, n_max is lowered until every class has enough; the imbalance factor is kept.
     """
     counts = long_tail_counts(sum(available) // len(available), len(available), imbalance_factor)
     if all(has >= 0.9 * wanted for has, wanted in zip(available, counts, strict=True)):
@@ -86,22 +86,23 @@ def cut_long_tail(labels: Ints, ids: Ints, counts: Sequence[int], rng: np.random
     """Keep at most ``counts[i]`` of the images of class i, at random.
 
     Args:
-        labels: (N,) by sample id, what the tail is cut by.
-        ids: (n,) the samples there are to choose from.
-        counts: (C,) class sizes.
-        rng: each class is shuffled in full, so that a longer tail is a subset of a shorter one.
+        labels: (N,) int64 by sample id, the labels that decide which class an image is counted in.
+        ids: (n,) int64, the samples to choose from.
+        counts: C class sizes.
+        rng: shuffles each class in full, so that the images of a higher imbalance factor are a subset of those of a lower one.
 
     Returns:
-        (k,) sorted sample ids.
+        (k,) int64: the sample ids that are kept, sorted.
     """
     kept = [rng.permutation(ids[labels[ids] == label])[:count] for label, count in enumerate(counts)]
     return np.sort(np.concatenate(kept)).astype(np.int64)
 
 
 def flip_map(classes: int, seed: int = 1) -> list[int]:
-    """Return for each class the one its labels flip to: the map of MW-Net's published code (``flip_labels_C``).
+    """Return for each class the class that its corrupted labels turn into, as in MW-Net's code (``flip_labels_C``).
 
-    It is the customary one, hence numpy's legacy generator; a private one, the global state is left alone.
+    Papers compare on exactly this map, so it is drawn with numpy's legacy generator, as there. The generator is a private one:
+    numpy's global state is not touched.
 
     Raises:
         UserError: fewer than two classes.
@@ -110,7 +111,7 @@ def flip_map(classes: int, seed: int = 1) -> list[int]:
 
 
 def flip2_map(classes: int, seed: int = 1) -> list[tuple[int, int]]:
-    """Return for each class the two its labels flip to (MW-Net's ``flip_labels_C_two``).
+    """Return for each class the two classes that its corrupted labels turn into (MW-Net's ``flip_labels_C_two``).
 
     Raises:
         UserError: fewer than three classes.
@@ -123,16 +124,16 @@ def _customary_targets(classes: int, targets: int, seed: int) -> list[Ints]:
         kind = "flip" if targets == 1 else "flip2"
         raise UserError(f"--noise {kind} needs {targets + 1} classes or more, the data set has {classes}.")
     random, every = np.random.RandomState(seed), np.arange(classes)
-    if targets == 1:  # the published calls, argument for argument: the stream depends on them
+    if targets == 1:  # exactly the published calls: the random numbers depend on them
         return [np.atleast_1d(random.choice(every[every != i])) for i in range(classes)]
     return [random.choice(every[every != i], 2, replace=False) for i in range(classes)]
 
 
 def check_flip_map(given: Sequence[int], classes: Sequence[str]) -> list[int]:
-    """Return the user's own flip map if it names a class for each class.
+    """Return the user's own flip map, checked to name a valid class for each class.
 
     Raises:
-        UserError: wrong length, or an entry that is no class number.
+        UserError: it has the wrong length, or an entry is not a class number.
     """
     if len(given) != len(classes):
         raise UserError(f"flip_map has {len(given)} entries, the data set {len(classes)} classes: give one per class.")
@@ -148,13 +149,13 @@ def noise_targets(
     given_map: Sequence[int] | None = None,
     superclasses: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
-    """Return for each class the equally likely classes that a corrupted label of it turns into (paper 4.1).
+    """Return for each class the classes that a corrupted label of it turns into, each with equal probability (paper 4.1).
 
-    ``uniform`` draws over all classes, the own one included, as in Zhang et al. 2017; ``hierarchical`` over the other
-    classes of the same superclass.
+    ``uniform`` draws from all classes, the original one included, as in Zhang et al. 2017. ``hierarchical`` draws from the
+    other classes of the same superclass.
 
     Raises:
-        UserError: the data set does not suit the kind, or a bad ``given_map``.
+        UserError: the kind is unknown or does not suit the data set, or ``given_map`` is not valid.
     """
     count = len(classes)
     if kind == "flip":
@@ -185,7 +186,7 @@ def _hierarchical_targets(count: int, superclasses: Sequence[Sequence[int]] | No
         raise UserError(
             "--noise hierarchical needs superclasses, which only cifar100 has: choose another --noise, such as flip."
         )
-    targets = [[label] for label in range(count)]  # a class alone in its group has nowhere to go
+    targets = [[label] for label in range(count)]  # a class that is alone in its superclass keeps its labels
     for group in superclasses:
         for label in group:
             targets[label] = [other for other in group if other != label] or [label]
@@ -193,14 +194,14 @@ def _hierarchical_targets(count: int, superclasses: Sequence[Sequence[int]] | No
 
 
 def corrupt(labels: Ints, targets: Sequence[Sequence[int]], rate: float, rng: np.random.Generator) -> Ints:
-    """Return a copy of ``labels`` in which each label is, independently with probability ``rate``, redrawn.
+    """Return a copy of ``labels`` in which each label is redrawn independently with probability ``rate``.
 
     Args:
-        labels: (N,) true labels.
-        targets: per class, the equally likely classes it turns into.
-        rate: probability.
-        rng: the draws depend on N alone, so a sample's fate depends neither on which others are in the training set
-            nor on the kind, and what is corrupted at a low rate is corrupted at a higher one.
+        labels: (N,) int64, the true labels.
+        targets: for each class, the classes that a redrawn label turns into, each with equal probability.
+        rate: probability in [0, 1].
+        rng: how many numbers are drawn depends on N alone. Which samples are hit therefore depends neither on the other samples
+            of the training set nor on the kind of noise, and a sample that is hit at a low rate is hit at every higher one.
     """
     hit, which = rng.random(len(labels)) < rate, rng.random(len(labels))
     noisy = labels.copy()

@@ -1,4 +1,4 @@
-"""Images that are there twice: the same bytes under two numbers (of images in memory, the same pixels)."""
+"""Images that occur more than once: files with the same bytes or, of images in memory, the same pixels."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from fastadvisor.datasets.images import ArrayImages, Images
 from fastadvisor.datasets.paths import Ints
 
 MOST_READ = 50_000
-"""Files that are read, at most, to find twins before a run; half a minute from a disk."""
+"""Most files that are read before a run to find duplicates; this takes half a minute from a disk."""
 
 
 class DuplicatePair(NamedTuple):
-    """Row ``one`` of the first images has the content of row ``other`` of the second."""
+    """Row ``one`` of the first table of images and row ``other`` of the second have the same content."""
 
     one: int
     other: int
@@ -23,19 +23,19 @@ class DuplicatePair(NamedTuple):
 def find_duplicates(
     first: Images, rows: Ints, second: Images, others: Ints, most_read: int = MOST_READ
 ) -> list[DuplicatePair] | None:
-    """Find the images of ``first`` that are among those of ``second`` too.
+    """Find which of some images of ``first`` occur among some images of ``second`` as well.
 
-    Only files of equal size are read. A file that cannot be read has no twin: the loaders report it.
+    Only files whose sizes are equal are read. A file that cannot be read counts as having no duplicate: the loaders report it.
 
     Args:
-        first: where to look for ``rows``.
+        first: the table that ``rows`` are rows of.
         rows: (n,) int64.
-        second: where to look for ``others``; may be the same table.
-        others: (m,) int64, none of ``rows`` where the tables are one.
-        most_read: files to read at most.
+        second: the table that ``others`` are rows of; it may be the same as ``first``.
+        others: (m,) int64; if the tables are the same, none of ``rows`` may be among them.
+        most_read: the most files to read.
 
     Returns:
-        One pair for each of ``rows`` that has a twin, in order; None if more files than ``most_read`` have a size in common.
+        One pair for each of ``rows`` that has a duplicate, in order; None if more than ``most_read`` files would need reading.
     """
     sizes, other_sizes = first.sizes(rows), second.sizes(others)
     mine = rows[np.isin(sizes, other_sizes) & (sizes >= 0)]
@@ -52,7 +52,7 @@ def find_duplicates(
 
 
 def mark_repeated(images: Images, most_read: int = MOST_READ) -> NDArray[np.bool_] | None:
-    """Return which images of a table are there more than once, (N,); None where that means reading too many files."""
+    """Return which images occur more than once, (N,) bool; None if more than ``most_read`` files would have to be read."""
     sizes = images.sizes(np.arange(len(images)))
     _, group, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     rows = np.flatnonzero((counts[group.reshape(-1)] > 1) & (sizes >= 0))
@@ -66,7 +66,7 @@ def mark_repeated(images: Images, most_read: int = MOST_READ) -> NDArray[np.bool
 
 
 def read_digest(images: Images, row: int) -> bytes | None:
-    """Return the digest of an image's content, None where it cannot be read."""
+    """Return the digest of an image's content, 16 bytes; None if it cannot be read."""
     try:
         return images.digest(row)
     except OSError:

@@ -1,4 +1,4 @@
-"""A digest of the data of a run: a resumed run compares it with that of its first part."""
+"""A digest of the data of a run, which is compared when the run is resumed."""
 
 import hashlib
 import os
@@ -13,12 +13,14 @@ from fastadvisor.datasets.images import ArrayImages, Images
 from fastadvisor.datasets.types import TrainingData
 
 READ = 32
-"""Files of a part whose content the fingerprint takes in: another picture may have the name and the size of the one before."""
+"""Number of files of each part whose content is included: a file may be replaced by another of the same name and size."""
 
 
 def fingerprint(data: TrainingData) -> str:
-    """Return a digest of what a run learns from and is tested on: names and sizes, and the content of some (of images in memory
-    all pixels), labels after corruption, and which samples are for training and for the meta-set.
+    """Return a digest of what a run learns from and is tested on, as 32 hexadecimal digits.
+
+    It covers the names of the classes; the names and sizes of all files and the content of some, or all pixels of images in
+    memory; the labels after corruption; and which samples are in the training set and in the meta-set.
     """
     digest = hashlib.sha256()
     digest.update(os.fsencode("\0".join(data.classes)))
@@ -35,7 +37,7 @@ def fingerprint(data: TrainingData) -> str:
 
 def _add_images(digest: Any, images: Images, rows: Any) -> None:
     if isinstance(images, ArrayImages):
-        for start in range(0, len(rows), 4096):  # not a second copy of all of them
+        for start in range(0, len(rows), 4096):  # in pieces, so that the images are never copied as a whole
             _add(digest, images.pixels[torch.from_numpy(rows[start : start + 4096])])
         return
     digest.update(os.fsencode("\0".join(images.name(row).rsplit("/", 1)[-1] for row in rows.tolist())))

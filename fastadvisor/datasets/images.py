@@ -1,4 +1,4 @@
-"""Where images are: in memory, in files, in the members of tar shards. One interface, encoded bytes by row."""
+"""Tables of images in memory, in files, or in tar shards, behind one interface: the encoded bytes of a row."""
 
 import hashlib
 import os
@@ -15,21 +15,27 @@ from torch import Tensor
 from fastadvisor.datasets.paths import Ints, PathTable
 
 UNKNOWN = -2
+"""In place of a size that the file system has not been asked for yet."""
+
 STAT_THREADS = 16
-"""Threads that ask for file sizes: on a network file system each answer is a round trip."""
+"""Threads that ask the file system for sizes: on a network file system every answer takes a round trip."""
 
 
 class Images(Protocol):
-    """N images by row."""
+    """A table of N images, numbered by row from 0."""
 
     def __len__(self) -> int: ...
 
     def encoded(self, row: int) -> bytes:
-        """Return the encoded image (JPEG, PNG, PPM, ...); OSError where it cannot be read."""
+        """Return the bytes of the encoded image (JPEG, PNG, PPM, ...).
+
+        Raises:
+            OSError: it cannot be read.
+        """
         ...
 
     def name(self, row: int) -> str:
-        """Return what to call the image in a message: its path, or its number."""
+        """Return what to call the image in messages: its path or its number."""
         ...
 
     def select(self, rows: NDArray[np.integer]) -> "Images":
@@ -37,60 +43,64 @@ class Images(Protocol):
         ...
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
-        """Return the encoded size of each of ``rows`` in bytes, -1 where there is no such file; (len(rows),) int64."""
+        """Return (len(rows),) int64, the encoded size of each image in bytes; -1 where there is no such file."""
         ...
 
     def times(self, rows: NDArray[np.integer]) -> Ints:
-        """Return when each of ``rows`` was last written, in nanoseconds, -1 where there is no file; (len(rows),) int64."""
+        """Return (len(rows),) int64, when each was last modified, in nanoseconds since 1970; -1 where there is no file."""
         ...
 
     def digest(self, row: int) -> bytes:
-        """Return 16 bytes that are equal where the content is; OSError where it cannot be read."""
+        """Return 16 bytes that are equal for two images if and only if their content is.
+
+        Raises:
+            OSError: the image cannot be read.
+        """
         ...
 
 
 class ArrayImages:
-    """Images that are in memory, all of one size."""
+    """Images in memory, all of the same size."""
 
     def __init__(self, pixels: Tensor, files: "Images | None" = None, bad: Mapping[int, str] | None = None) -> None:
         """Take the pixels.
 
         Args:
             pixels: (N, H, W, 3) uint8.
-            files: where they were decoded from, for their names.
-            bad: rows that could not be decoded, with the reason; their pixels mean nothing.
+            files: the images that the pixels were decoded from, for their names.
+            bad: for each row that could not be decoded, the reason; the pixels of such a row are undefined.
         """
         self.pixels, self.files, self.bad = pixels, files, dict(bad or {})
 
     @property
     def originals(self) -> "Images | None":
-        """What the pixels were decoded from."""
+        """The images that the pixels were decoded from; None if they were made in memory."""
         return self.files
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def encoded(self, row: int) -> bytes:
-        """Return the image as PPM, which holds the pixels as they are."""
+        """Return the image as a PPM file, which stores the pixels unchanged."""
         return encode_ppm(self.pixels[row].cpu().numpy())
 
     def name(self, row: int) -> str:
-        """Return the file's name, or "number ROW"."""
+        """Return the name of the file that the row was decoded from, or "number ROW"."""
         return f"number {row}" if self.files is None else self.files.name(row)
 
     def select(self, rows: NDArray[np.integer]) -> "ArrayImages":
-        """Return the images of ``rows``, copied."""
+        """Return the images of ``rows``, in that order; the pixels are copied."""
         bad = {place: self.bad[row] for place, row in enumerate(rows.tolist()) if row in self.bad}
         files = None if self.files is None else self.files.select(rows)
         return ArrayImages(self.pixels[torch.from_numpy(np.asarray(rows, dtype=np.int64))], files, bad)
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
-        """Return H * W * 3 for each, -1 for the bad ones."""
+        """Return H * W * 3 for each row, -1 for rows that could not be decoded."""
         sizes = np.full(len(rows), int(np.prod(self.pixels.shape[1:])), dtype=np.int64)
         return np.where(np.isin(rows, list(self.bad)), -1, sizes) if self.bad else sizes
 
     def times(self, rows: NDArray[np.integer]) -> Ints:
-        """Return -1 for each."""
+        """Return -1 for each row: pixels have no time."""
         return np.full(len(rows), -1, dtype=np.int64)
 
     def digest(self, row: int) -> bytes:
@@ -99,14 +109,14 @@ class ArrayImages:
 
 
 class FileImages:
-    """Image files under a root."""
+    """Image files in a folder."""
 
     def __init__(self, root: Path, paths: PathTable) -> None:
         """Take the folder and the paths relative to it."""
         self.root, self.paths = Path(root), paths
         self._stat: Ints | None = None
-        """Size and time of each as far as the file system has told, UNKNOWN elsewhere, (N, 2): several stages ask, and a
-        million files take seconds."""
+        """(N, 2) int64: the size and the time of each file that the file system has been asked about, UNKNOWN for the others.
+        Kept because several parts of a run ask, and a million files take seconds."""
         self._absolute: PathTable | None = None
 
     def __len__(self) -> int:
@@ -128,11 +138,11 @@ class FileImages:
         return selected
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
-        """Ask the file system, once for each file."""
+        """Return the sizes; the file system is asked only once about each file."""
         return self._stat_rows(rows)[:, 0]
 
     def times(self, rows: NDArray[np.integer]) -> Ints:
-        """Likewise."""
+        """Return the times of modification; the file system is asked only once about each file."""
         return self._stat_rows(rows)[:, 1]
 
     def _stat_rows(self, rows: NDArray[np.integer]) -> Ints:
@@ -165,7 +175,7 @@ class FileImages:
         return os.path.join(self.root, self.paths[row])
 
     def absolute_paths(self) -> PathTable:
-        """Return the path of each, absolute and with the links in its folder resolved: one form for any way of writing it."""
+        """Return the absolute path of each file with the links in its folder resolved, so that equal files have equal paths."""
         if self._absolute is None:
             folders: dict[str, str] = {}
 
@@ -182,10 +192,13 @@ class FileImages:
 
 
 def match_files(files: Images, others: Images) -> Ints:
-    """Return for each of ``files`` the row of the same file, by its path, among ``others``, -1 where it is none of them; of a
-    file that ``others`` hold several times, the first.
+    """Return for each image of ``files`` the row of the same file in ``others``, compared by path.
 
-    Both may be in memory or copies; what they were decoded from counts. (N,) int64; all -1 where there are no files.
+    Images that were decoded or copied from files are compared by the paths of those files.
+
+    Returns:
+        (N,) int64: the first row of ``others`` that is the same file; -1 where none is, and everywhere if one table
+        does not consist of files.
     """
     one, other = find_originals(files), find_originals(others)
     none = np.full(len(files), -1, dtype=np.int64)
@@ -202,24 +215,24 @@ def match_files(files: Images, others: Images) -> Ints:
 
 
 def find_originals(images: Images) -> Images:
-    """Return what ``images`` were decoded or copied from."""
+    """Return the images that ``images`` were decoded or copied from; ``images`` itself if they were not."""
     while (source := getattr(images, "originals", None)) is not None:
         images = source
     return images
 
 
 class TarImages:
-    """Members of uncompressed tar files (WebDataset shards): read where they lie, by offset."""
+    """Members of uncompressed tar files (WebDataset shards), which are read by their offset without unpacking."""
 
     def __init__(self, shards: Sequence[Path], shard: Ints, offset: Ints, size: Ints, names: PathTable) -> None:
-        """Take the tar files, and for each image the number of its shard, where it begins, its size, and a name; (N,) each."""
+        """Take the tar files and, for each of N images, the number of its shard, its offset and size in bytes, and its name."""
         self.shards, self.shard, self.offset, self.size, self.names = list(shards), shard, offset, size, names
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def encoded(self, row: int) -> bytes:
-        """Read the member."""
+        """Return the bytes of the member; raise OSError if the shard is shorter than it should be."""
         size = int(self.size[row])
         with open(self.shards[self.shard[row]], "rb", buffering=0) as file:
             file.seek(int(self.offset[row]))
@@ -242,7 +255,7 @@ class TarImages:
         return self.size[rows]
 
     def times(self, rows: NDArray[np.integer]) -> Ints:
-        """Return when the members' shards were last written."""
+        """Return when the shard of each member was last modified."""
         of_shard = [shard.stat().st_mtime_ns for shard in self.shards]
         return np.array(of_shard, dtype=np.int64)[self.shard[rows]]
 
@@ -252,11 +265,11 @@ class TarImages:
 
 
 def encode_ppm(pixels: NDArray[np.uint8]) -> bytes:
-    """Return (H, W, 3) uint8 ``pixels`` as a PPM file: a header and the bytes, which every decoder reads."""
+    """Return (H, W, 3) uint8 ``pixels`` as a PPM file: a header and the plain bytes, which every decoder can read."""
     height, width = pixels.shape[:2]
     return b"P6\n%d %d\n255\n" % (width, height) + np.ascontiguousarray(pixels).tobytes()
 
 
 def digest_bytes(content: bytes) -> bytes:
-    """Return 16 bytes that are equal where ``content`` is."""
+    """Return the BLAKE2b digest of ``content``, 16 bytes."""
     return hashlib.blake2b(content, digest_size=16).digest()

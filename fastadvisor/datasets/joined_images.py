@@ -1,4 +1,4 @@
-"""Several tables of images as one."""
+"""Several tables of images joined into one."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,10 +11,10 @@ from fastadvisor.datasets.paths import Ints
 
 
 class JoinedImages:
-    """Several images' tables one after another."""
+    """Several tables of images, one after another."""
 
     def __init__(self, parts: Sequence[Images]) -> None:
-        """Take the parts, in order."""
+        """Take the tables, in the order of their rows."""
         self.parts = list(parts)
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -26,25 +26,25 @@ class JoinedImages:
         return self.parts[part], int(row - (self._ends[part - 1] if part else 0))
 
     def encoded(self, row: int) -> bytes:
-        """Read from the part that holds it."""
+        """Return the bytes of the image, from the part that holds it."""
         part, inner = self._find(row)
         return part.encoded(inner)
 
     def name(self, row: int) -> str:
-        """Return the part's name for it."""
+        """Return the name that its part gives to the image."""
         part, inner = self._find(row)
         return part.name(inner)
 
     def select(self, rows: NDArray[np.integer]) -> "Images":
-        """Return a view: rows of the parts."""
+        """Return a view of ``rows``; nothing is copied."""
         return _SelectedImages(self, np.asarray(rows, dtype=np.int64))
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
-        """Ask the parts."""
+        """Return the sizes that the parts report."""
         return self._gather(rows, lambda part, inner: part.sizes(inner))
 
     def times(self, rows: NDArray[np.integer]) -> Ints:
-        """Ask the parts."""
+        """Return the times that the parts report."""
         return self._gather(rows, lambda part, inner: part.times(inner))
 
     def _gather(self, rows: NDArray[np.integer], ask: Callable[[Images, NDArray[np.integer]], Ints]) -> Ints:
@@ -56,13 +56,13 @@ class JoinedImages:
         return out
 
     def digest(self, row: int) -> bytes:
-        """Return the part's digest."""
+        """Return the digest that its part gives to the image."""
         part, inner = self._find(row)
         return part.digest(inner)
 
 
 class _SelectedImages:
-    """Rows of other images."""
+    """A view of some rows of another table."""
 
     def __init__(self, images: Images, rows: Ints) -> None:
         self.images, self.rows = images, rows
@@ -90,7 +90,7 @@ class _SelectedImages:
 
 
 def join_images(parts: Sequence[Images]) -> Images:
-    """Return the images of ``parts`` as one: in one array where all of them are in memory and of one size."""
+    """Return one table of all images of ``parts``: a single array if all are in memory and of the same size."""
     if len(parts) == 1:
         return parts[0]
     arrays = [part for part in parts if isinstance(part, ArrayImages)]

@@ -14,26 +14,26 @@ from fastadvisor.datasets.readers.imagefolder import EXTENSIONS
 from fastadvisor.errors import UserError, nearest
 
 LABEL_COLUMNS = ("label", "given_label", "predicted_label", "suggested_label", "corrected_label", "clean_label", "noisy_label")
-"""Columns of a CSV that hold labels, cleanlab's names among them."""
+"""Names of the columns of a CSV that hold labels, including the names that cleanlab uses."""
 
 PATH_COLUMNS = (
     *("path", "image", "image_path", "image_name", "img", "img_path", "img_name"),
     *("file", "filename", "file_name", "filepath", "file_path", "fname"),
 )
-"""Columns of a CSV that say which image a row is about."""
+"""Names of the columns of a CSV that say which image a row labels."""
 
 
 class WrittenLabels(NamedTuple):
-    """Labels as a file holds them."""
+    """Labels as they are written in a file."""
 
     values: Sequence[str] | NDArray[np.integer]
     paths: Sequence[str] | None = None
-    """Which image each is of; None: the data set's, in its order."""
+    """The image that each label is for; None: the labels are for the images of the data set, in its order."""
     first_row: int | None = None
-    """Of the file, counted from 1; None: positions are counted from 0."""
+    """The row of the file, counted from 1, that holds the first label; None: positions are counted from 0."""
 
     def describe_place(self, at: int) -> str:
-        """Return where the ``at``-th value stands, in words."""
+        """Return where the label number ``at`` stands in the file, in words."""
         return f" at position {at} (counted from 0)" if self.first_row is None else f" in row {self.first_row + at}"
 
 
@@ -49,7 +49,7 @@ def read_npy(path: Path) -> WrittenLabels:
 
 
 def _check_array(values: NDArray[Any], path: Path) -> NDArray[Any]:
-    """Return ``values`` if they can be labels: integers, or names, in one dimension."""
+    """Return ``values``; refuse them unless they are integers or names in one dimension."""
     if values.ndim != 1 or values.dtype.kind not in "iuU":
         raise UserError(
             f"{path} holds {values.dtype} values of shape {values.shape}: labels must be integers in one dimension."
@@ -76,7 +76,7 @@ def read_pt(path: Path) -> FileContents:
 
 
 def _to_array(value: object) -> NDArray[Any]:
-    """Return an entry of a dict as an array, what numpy cannot take (lists of several lengths, bfloat16) as an empty one."""
+    """Return an entry of a dict as an array; an empty one if numpy cannot convert it (lists of unequal lengths, bfloat16)."""
     try:
         return np.asarray(value)
     except Exception:  # numpy raises ValueError, TypeError, RuntimeError and more
@@ -84,7 +84,7 @@ def _to_array(value: object) -> NDArray[Any]:
 
 
 def _allowed_numpy_globals() -> list[Any]:
-    """Return what a pickled array of numbers names: none of it runs anything but numpy's own unpacking."""
+    """Return the functions and types that a pickled array of numbers refers to: they run nothing but numpy's own unpacking."""
     reconstruct = np.empty(0).__reduce__()[0]
     names = [f"{module}.multiarray._reconstruct" for module in ("numpy.core", "numpy._core")]  # before numpy 2, and since
     kinds = {type(np.dtype(code)) for code in "bBhHiIlLqQfd"}
@@ -125,7 +125,7 @@ def read_csv(path: Path, key: str | None) -> WrittenLabels:
 
 
 def _check_order(header: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> None:
-    """Raise a UserError if a column of ``rows`` seems to say which image each is about, and so in which order they are."""
+    """Raise a UserError if a column seems to say which image each row labels: the rows may then be in another order."""
     for column, name in enumerate(header):
         cells = [row[column].strip() for row in rows]
         if len(set(cells)) < max(2, len(cells)) or name in LABEL_COLUMNS:
@@ -141,7 +141,7 @@ def _check_order(header: Sequence[str], rows: Sequence[Sequence[str]], path: Pat
 
 
 def _label_column(header: Sequence[str], path: Path, key: str | None, *, one_column: bool) -> int | None:
-    """Return which column holds the labels; None where there is one without a header."""
+    """Return which column holds the labels; None if there is only one column, without a header."""
     if key is not None:
         if key.lower() not in header:
             raise UserError(f"{path} has no column {key}.{nearest(key, header)} Its first line names {', '.join(header)}.")
@@ -166,7 +166,7 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}): check --labels.") from None
     if b"\0" in data:
         raise UserError(f"{path} is not a text file in UTF-8: save it as one.")
-    # Spreadsheets write a byte-order mark; names of files and of classes may be in another encoding.
+    # Spreadsheets write a byte-order mark, and the names of files and classes may be in another encoding.
     return data.decode("utf-8-sig", "surrogateescape")
 
 

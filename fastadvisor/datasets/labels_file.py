@@ -16,16 +16,16 @@ from fastadvisor.datasets.paths import Ints, PathTable
 from fastadvisor.errors import UserError, nearest
 
 CLEAN = "clean_label"
-"""In a file of several labels, those of the data set itself: proof that it is in the same order."""
+"""Name of the entry that holds the data set's own labels, which shows whether the file is in the order of the data set."""
 
 
 class FileLabels(NamedTuple):
-    """What a file of labels comes to."""
+    """The labels of the training images according to a file."""
 
     labels: Ints
-    """(N,) the class of every training image; of one that the file says nothing about the data set's own."""
+    """(N,) int64: the class of every training image; the data set's own label where the file says nothing."""
     notes: tuple[str, ...]
-    """What to tell the user."""
+    """What to tell the user, a sentence each."""
 
 
 def read_labels(
@@ -36,24 +36,24 @@ def read_labels(
     key: str | None = None,
     root: str | None = None,
 ) -> FileLabels:
-    """Read labels of the training images: one for each in data-set order, or by sample id, or by path for any of them.
+    """Read labels of the training images: one for each image in data-set order or by sample id, or by path for any of them.
 
-    No file executes anything: a ``.pt`` may hold tensors and numpy arrays of numbers alone.
+    Reading a file never runs code from it: a ``.pt`` may hold only tensors and numpy arrays of numbers.
 
     Args:
         name: a ``.npy`` array, a ``.pt`` integer tensor or dict of several (CIFAR-10N's ``CIFAR-10_human.pt``), a ``.txt`` with
             a label a line, or a ``.csv`` with a column ``label`` (or one of ``LABEL_COLUMNS``, or ``key``) and, if wanted,
             ``path`` or ``id`` (without a header: one column of labels). Labels are names or numbers of classes
             (:func:`resolve_labels`); paths are relative to the folder of the training images, or to ``root``, or absolute.
-        images: N training images of the data set.
-        own: (N,) their own labels, which ``clean_label`` of a dict must equal.
+        images: the N training images of the data set.
+        own: (N,) int64, their own labels, which ``clean_label`` of a dict must equal.
         classes: C names.
-        key: which labels of a file that holds several.
-        root: of the data set.
+        key: which labels to take from a file that holds several.
+        root: the folder of the data set.
 
     Raises:
-        UserError: no such file, another format, the wrong number of labels, one that is no class, or an image that is not
-            there; no such key, none where one is needed, or clean labels that are not the data set's.
+        UserError: the file is missing or of another format, has the wrong number of labels, or names an unknown class or image;
+            the key is missing or unknown; or the clean labels are not those of the data set.
     """
     path = Path(name)
     readers: dict[str, Callable[[Path], FileContents]] = {
@@ -91,10 +91,10 @@ def read_labels(
 
 
 def _to_class_numbers(written: WrittenLabels, classes: Sequence[str], path: Path) -> tuple[Ints, str | None]:
-    """Return the class of each value."""
+    """Return the class number of each label, (L,) int64, and what to tell the user about how they were read."""
     values = np.asarray(written.values)
     unique, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # by where they first stand, so that messages name the first that is wrong
+    order = np.argsort(first)  # in order of first occurrence, so that messages name the first one that is wrong
     texts = [str(value) for value in unique[order].tolist()]
     where = dict(zip(texts, first[order].tolist(), strict=True))
     found = resolve_labels(texts, classes, path, lambda label: written.describe_place(where[label]))
@@ -104,13 +104,13 @@ def _to_class_numbers(written: WrittenLabels, classes: Sequence[str], path: Path
 
 
 def _match_rows(written: WrittenLabels, numbers: Ints, images: Images, path: Path, root: str | None) -> Ints:
-    """Return for each training image the row of the file that is about it, -1 where there is none, (N,)."""
+    """Return for each training image the row of the file that labels it, (N,) int64; -1 where there is none."""
     assert written.paths is not None
     files = find_originals(images)
     if isinstance(files, FileImages):
         table = PathTable.of(written.paths)
         places = list(dict.fromkeys([files.root, *([] if root is None else [Path(root)]), Path()]))
-        if table.are_absolute().all():  # then they are the same from anywhere
+        if table.are_absolute().all():  # then the folder makes no difference
             del places[1:]
         found = [match_files(FileImages(place, table), files) for place in places]
         whole = [rows for rows in found if (rows >= 0).all()]
@@ -142,7 +142,7 @@ def _match_rows(written: WrittenLabels, numbers: Ints, images: Images, path: Pat
             f"({len(unknown)} of {len(rows)} are none): write paths as in {images.name(0)}, or delete these rows."
         )
     about = np.full(len(images), -1, dtype=np.int64)
-    about[rows[::-1]] = np.arange(len(rows))[::-1]  # the first of several
+    about[rows[::-1]] = np.arange(len(rows))[::-1]  # of several rows about an image, the first
     again = np.flatnonzero(numbers[about[rows]] != numbers)
     if len(again):
         second = int(again[0])
@@ -156,7 +156,7 @@ def _match_rows(written: WrittenLabels, numbers: Ints, images: Images, path: Pat
 
 
 def _select_labels(found: dict[str, NDArray[np.integer]], path: Path, key: str | None, own: Ints) -> NDArray[np.integer]:
-    """Return the labels that ``key`` names, if the clean ones among ``found`` are the data set's."""
+    """Return the labels that ``key`` names; refuse the file if its clean labels are not those of the data set."""
     names = ", ".join(found)
     if key is None:
         raise UserError(f"{path} holds several labels: name one with --labels-key, of {names}.")

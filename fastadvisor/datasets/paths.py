@@ -1,4 +1,4 @@
-"""Names of up to millions of files in one byte buffer: no object a name, and nothing to copy when a worker is forked."""
+"""Millions of paths in one byte buffer: no Python object for each of them, and nothing to copy when a worker is forked."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -11,15 +11,15 @@ Ints = NDArray[np.int64]
 
 
 class PathTable:
-    """N relative paths as slices of one buffer, so that a list file's own bytes can serve as its table."""
+    """N relative paths as slices of one buffer, so that the bytes of a list file can be used as they are."""
 
     def __init__(self, buffer: Bytes, start: Ints, stop: Ints) -> None:
-        """Take ``buffer`` (any length, uint8) and where each path starts and stops in it, (N,) int64 each."""
+        """Take ``buffer``, uint8 of any length, and the offsets at which each path starts and stops, (N,) int64 each."""
         self.buffer, self.start, self.stop = buffer, start, stop
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathTable":
-        """Build a table from strings, as the file system encodes them."""
+        """Build a table from strings, in the encoding of the file system."""
         joined, stops = bytearray(), []
         for path in paths:
             joined += os.fsencode(path)
@@ -46,23 +46,23 @@ class PathTable:
         return PathTable(self.buffer, self.start[rows], self.stop[rows])
 
     def remove_prefix(self, prefix: str) -> "PathTable":
-        """Return the table with ``prefix`` cut off every path that begins with it; the buffer is shared."""
+        """Return a table in which every path that begins with ``prefix`` has lost it; the buffer is shared."""
         wanted = os.fsencode(prefix)
         return PathTable(self.buffer, self.start + len(wanted) * self._start_with(wanted), self.stop)
 
     def normalise(self) -> "PathTable":
-        """Return the table with ``./``, ``//`` and ``x/..`` resolved in every path; itself where there are none."""
+        """Return a table with ``./``, ``//`` and ``x/..`` resolved in every path; this table itself if there are none."""
         here = self.buffer.tobytes()
         if not any(odd in here for odd in (b"./", b"//")):
             return self
         return PathTable.of(os.path.normpath(self[row]) for row in range(len(self)))
 
     def are_absolute(self) -> NDArray[np.bool_]:
-        """Return which paths begin with a slash, (N,)."""
+        """Return which paths begin with a slash, (N,) bool."""
         return self._start_with(b"/")
 
     def any_may_leave_folder(self) -> bool:
-        """Return whether any path, normalised, may leave the folder it is relative to: absolute, or up from there."""
+        """Return whether any normalised path may lead out of the folder: whether it is absolute or begins with ``..``."""
         return bool((self.are_absolute() | self._start_with(b"..")).any())
 
     def _start_with(self, prefix: bytes) -> NDArray[np.bool_]:
@@ -72,7 +72,7 @@ class PathTable:
         return begins
 
     def hashes(self) -> NDArray[np.uint64]:
-        """Return a 64-bit polynomial hash of each path, (N,); equal paths have equal hashes."""
+        """Return a 64-bit polynomial hash of each path, (N,) uint64; equal paths have equal hashes."""
         value = (self.stop - self.start).astype(np.uint64)
         longest = int((self.stop - self.start).max(initial=0))
         for offset in range(longest):
@@ -83,14 +83,14 @@ class PathTable:
         return value
 
     def find(self, others: "PathTable") -> Ints:
-        """Return for each of the M paths of ``others`` its row in this table, -1 where there is none, (M,) int64."""
+        """Return for each of the M paths of ``others`` its row in this table, (M,) int64; -1 where it is not in it."""
         if not len(self):
             return np.full(len(others), -1, dtype=np.int64)
         mine, theirs = self.hashes(), others.hashes()
         order = np.argsort(mine, kind="stable")
         at = np.minimum(np.searchsorted(mine[order], theirs), len(order) - 1)
         rows = order[at]
-        # Equal hashes of different paths: a chance of 1 in 10^7 for a million files, and equality is checked.
+        # Different paths may have equal hashes, with a chance of 1 in 10^7 for a million files, so the paths are compared too.
         return np.where((mine[rows] == theirs) & self._equal(rows, others), rows, -1)
 
     def _equal(self, rows: Ints, others: "PathTable") -> NDArray[np.bool_]:

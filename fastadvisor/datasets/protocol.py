@@ -1,7 +1,7 @@
-"""A source becomes training data: meta-set out, long tail cut, labels corrupted, in this order (method.md).
+"""Turn a source into training data: draw the meta-set, cut the long tail, corrupt the labels, in this order (method.md).
 
-The order matters: with the meta-set drawn last, or from a second shuffle, meta images leak into training (design.md,
-trap 11). Every stage has a random stream of its own, so the meta-set is the same whatever the noise.
+The order matters: if the meta-set were drawn last, or from a second shuffle, meta images would leak into training (design.md,
+trap 11). Each of these protocols has a random generator of its own, so the meta-set does not depend on the noise.
 """
 
 import warnings
@@ -22,12 +22,12 @@ from fastadvisor.datasets.types import Source, Split, TrainingData
 from fastadvisor.errors import UserError
 
 META, TAIL, NOISE = 0, 1, 2
-"""Second word of the seed of each stage's stream."""
+"""Second word of the seed of each protocol's random generator."""
 
 
 @dataclass
 class _Table:
-    """Images and true labels by sample id, and the two disjoint sets of ids."""
+    """Images and true labels by sample id, and two disjoint sets of ids: the pool to train on, and the meta-set."""
 
     images: Images
     labels: Ints
@@ -38,17 +38,18 @@ class _Table:
 def prepare(source: Source, config: DataConfig, seed: int) -> TrainingData:
     """Apply the protocols of ``config`` to ``source``.
 
-    Sample ids are rows of the data set, in its own order; a meta-set that the data set brings comes after them.
-    Training images that the long tail drops stay in the table, unused.
+    A sample id is a row of the data set, in its own order; the images of a meta-set that the data set brings come after the
+    training images. Training images that the long tail drops stay in the table of images, unused.
 
     Args:
-        source: not modified; its images are shared, not copied, unless it brings a meta-set and is in memory.
-        config: what to do.
+        source: the data set, which is not modified. Its images are shared, and copied only if they are in memory and the data
+            set brings a meta-set.
+        config: the settings of the protocols.
         seed: the same seed gives the same data, bit for bit.
 
     Raises:
-        UserError: settings that contradict each other or do not suit the data set, meta images among the training
-            images, labels out of range, or a class without training or meta images.
+        UserError: settings contradict each other or do not suit the data set, meta images are among the training images, a
+            label is out of range, or a class has no training or meta images.
     """
     _check_settings(config)
     _check_labels(source)
@@ -116,14 +117,14 @@ def _to_numpy(labels: Tensor) -> Ints:
 
 
 def _draw_meta(source: Source, config: DataConfig, rng: np.random.Generator) -> _Table:
-    """Take ``meta_per_class`` images a class out of the training images, none of which has a twin left behind."""
+    """Draw ``meta_per_class`` images of each class from the training images; none of them has a duplicate in the rest."""
     images, labels, state = source.train.images, _to_numpy(source.train.labels), rng.bit_generator.state
     every, eligible = np.arange(len(labels)), np.ones(len(labels), dtype=np.bool_)
-    copies = mark_repeated(images) if isinstance(images, ArrayImages) else None  # of files not before there is reason to
+    copies = mark_repeated(images) if isinstance(images, ArrayImages) else None  # files: only if one is drawn
     while True:
         if copies is not None:
             eligible &= ~copies
-        rng.bit_generator.state = state  # drawn again from the start, less what turned out to have a twin
+        rng.bit_generator.state = state  # draw again from the start, without those that have a duplicate
         meta_ids = draw_meta_set(labels, config.meta_per_class, source.classes, eligible, rng)
         pool_ids = np.setdiff1d(every, meta_ids)
         pairs = [] if copies is not None else find_duplicates(images, meta_ids, images, pool_ids)
@@ -136,7 +137,7 @@ def _draw_meta(source: Source, config: DataConfig, rng: np.random.Generator) -> 
 
 
 def _append_own_meta(source: Source, meta: Split, config: DataConfig, rng: np.random.Generator) -> _Table:
-    """Append the data set's own meta-set to the training images: whole, or as many a class as ``meta_per_class`` says."""
+    """Append the data set's own meta-set to the training images: all of it, or ``meta_per_class`` images of each class."""
     train, labels = source.train.images, _to_numpy(meta.labels)
     rows = np.arange(len(labels))
     if source.meta_drawn:
@@ -160,7 +161,7 @@ def _append_own_meta(source: Source, meta: Split, config: DataConfig, rng: np.ra
             f"{train.name(shared[0].other)} ({len(shared)} of {len(rows)} meta images are shared): "
             "remove them from one of the two."
         )
-    # Those that are training images keep their rows; the others come after all training images.
+    # Meta images that are training images as well keep their rows; the others come after all training images.
     train_labels, new = _to_numpy(source.train.labels), rows[known < 0]
     train_labels[known[known >= 0]] = labels[rows[known >= 0]]
     meta_ids = known.copy()
@@ -183,7 +184,7 @@ def _warn_unchecked(name: str) -> None:
 
 
 def _make_labels(source: Source, config: DataConfig, rng: np.random.Generator) -> tuple[Ints, tuple[str, ...]]:
-    """Return what the run is to believe of every training image of the source, (N,) by sample id, and what to tell the user."""
+    """Return the labels as given of all training images, (N,) int64 by sample id, and what to tell the user."""
     labels = _to_numpy(source.train.labels)
     if config.labels is not None:
         found = read_labels(config.labels, source.train.images, labels, source.classes, config.labels_key, config.data_root)
@@ -195,7 +196,7 @@ def _make_labels(source: Source, config: DataConfig, rng: np.random.Generator) -
 
 
 def _cut_tail(labels: Ints, table: _Table, classes: Sequence[str], config: DataConfig, rng: np.random.Generator) -> Ints:
-    """Return the sample ids that the long tail keeps, the whole pool at an imbalance factor of 1."""
+    """Return the sample ids that the long tail keeps; the whole pool if the imbalance factor is 1."""
     if config.imbalance_factor == 1:
         train_ids, way = table.pool_ids, "add some, or remove the class."
     else:
@@ -213,7 +214,7 @@ def _refuse_empty(counts: Ints, classes: Sequence[str], part: str, way: str) -> 
 
 
 def _warn_of_test_images(table: _Table, test: Images) -> None:
-    """Say so where meta images are test images too: the advisor would be told the answers."""
+    """Warn if meta images are test images too: the advisor would learn from the answers."""
     pairs = find_duplicates(table.images, table.meta_ids, test, np.arange(len(test)))
     if pairs:
         warnings.warn(

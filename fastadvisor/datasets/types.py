@@ -1,4 +1,4 @@
-"""The contracts between data sets and the rest: what a data set is as it lies on disk, and after the protocols."""
+"""The types of a data set: as it is read from disk (``Source``), and after the protocols (``TrainingData``)."""
 
 from dataclasses import dataclass, replace
 
@@ -13,11 +13,11 @@ Triple = tuple[float, float, float]
 
 @dataclass
 class Split:
-    """Images and their labels."""
+    """Images and their labels, in the same order."""
 
     images: Images
     labels: Tensor
-    """(N,) int64."""
+    """(N,) int64, class numbers from 0."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -25,34 +25,35 @@ class Split:
 
 @dataclass
 class Source:
-    """A data set as it lies on disk, before the protocols; reading one opens no image."""
+    """A data set as it is on disk, before the protocols. Reading one opens no image."""
 
     name: str
     classes: list[str]
     train: Split
-    """In data-set order: the row is the sample id."""
+    """In the order of the data set: the row is the sample id."""
     test: Split
     mean: Triple
-    """Per channel, in units of 0..1."""
+    """Mean of each channel (R, G, B), for pixels scaled to 0..1."""
     std: Triple
+    """Standard deviation of each channel, likewise."""
     meta: Split | None = None
-    """A meta-set of its own, if the data set brings one."""
+    """The meta-set that the data set brings, if it brings one."""
     meta_drawn: bool = False
-    """Whether ``meta_per_class`` images a class are drawn from ``meta``, as for ImageNet-LT; else all of it is taken."""
+    """Whether ``meta_per_class`` images of each class are drawn from ``meta``, as for ImageNet-LT; otherwise all are used."""
     image_size: int | None = None
-    """Side in pixels the data set is used at; None: to be chosen from the images."""
+    """Side in pixels that the images are used at; None: it is chosen from the sizes of the images."""
     superclasses: list[list[int]] | None = None
-    """Groups of classes, for hierarchical noise."""
+    """Class numbers of each superclass, for hierarchical noise."""
     val: Split | None = None
-    """Images to choose the best checkpoint by, where the data set has them beside its test images."""
+    """Images by which the best checkpoint is chosen, if the data set has them besides its test images."""
     meta_rows: Ints | None = None
-    """(M,) for each meta image its row among the training images, -1 where it is none of them; None: no meta image is. Those
-    that are become the meta-set, with the labels they have there, and are trained on no more."""
+    """(M,) int64: for each meta image its row among the training images, -1 if it is not one of them; None: none of them is.
+    Training images that are meta images leave the training set and have the labels that the meta-set gives them."""
     notes: tuple[str, ...] = ()
-    """Sentences that a user is to be told: what was passed over, what was decided."""
+    """Sentences for the user: which files were passed over, and what was decided."""
 
     def reorder_classes(self, classes: list[str]) -> "Source":
-        """Return the source with its classes in the order of ``classes``, which are the same ones."""
+        """Return the source with its class numbers changed to the order of ``classes``, which holds the same names."""
         if classes == self.classes:
             return self
         places = torch.tensor([classes.index(name) for name in self.classes])
@@ -60,7 +61,7 @@ class Source:
         def moved(split: Split | None) -> Split | None:
             if split is None:
                 return None
-            known = (split.labels >= 0) & (split.labels < len(classes))  # others are refused where all labels are looked at
+            known = (split.labels >= 0) & (split.labels < len(classes))  # labels out of range are refused by prepare
             labels = split.labels.clone()
             labels[known] = places[labels[known]]
             return Split(split.images, labels)
@@ -82,20 +83,20 @@ class Source:
 
 @dataclass
 class TrainingData:
-    """A data set after the protocols: meta-set out, long tail cut, labels corrupted."""
+    """A data set after the protocols: with a meta-set, a long tail, and corrupted labels, as the settings ask."""
 
     name: str
     classes: list[str]
     images: Images
-    """N images, every one the run may train on; row = sample id."""
+    """N images: all training and meta images; the row is the sample id."""
     labels: Tensor
-    """(N,) int64 by sample id: what the run believes; corruption edits this table and nothing else."""
+    """(N,) int64 by sample id: the labels as given. Corruption changes this table and nothing else."""
     true_labels: Tensor
     """(N,) int64 by sample id: the labels before injected noise."""
     train_ids: Tensor
-    """(n,) int64."""
+    """(n,) int64: the samples to train on."""
     meta_ids: Tensor
-    """(m,) int64, disjoint from ``train_ids``."""
+    """(m,) int64: the meta-set, disjoint from ``train_ids``."""
     test: Split
     mean: Triple
     std: Triple
@@ -104,19 +105,19 @@ class TrainingData:
     val: Split | None = None
     """As in :class:`Source`."""
     notes: tuple[str, ...] = ()
-    """As in :class:`Source`, and what the protocols add."""
+    """As in :class:`Source`, followed by those of the protocols."""
     meta_held_out: bool = True
-    """Whether the meta-set was taken out of the training images, its labels believed; else the data set brought its own."""
+    """Whether the meta-set was drawn from the training images and trusts their labels; otherwise the data set brought it."""
 
     def label_counts(self) -> Tensor:
-        """Training images per class, (C,) int64, by the label as given: what a method may know."""
+        """Return the number of training images of each class by the labels as given, (C,) int64: what a method may know."""
         return torch.bincount(self.labels[self.train_ids], minlength=len(self.classes))
 
     def true_class_counts(self) -> Tensor:
-        """Training images per class, (C,) int64, by the label before injected noise."""
+        """Return the number of training images of each class by the true labels, (C,) int64: for measuring only."""
         return torch.bincount(self.true_labels[self.train_ids], minlength=len(self.classes))
 
     def noise_rate(self) -> float:
-        """Fraction of training labels that corruption changed."""
+        """Return the fraction of training labels that corruption changed."""
         given, true = self.labels[self.train_ids], self.true_labels[self.train_ids]
         return float((given != true).double().mean())

@@ -1,4 +1,4 @@
-"""How batches are made of a data set's images. See README.md in this folder."""
+"""Loading: how the images of a data set become batches. See README.md in this folder."""
 
 from fastadvisor.loading.augment import Augmentation, normalize
 from fastadvisor.loading.backends.resident import ResidentImages, ResidentLoader

@@ -1,4 +1,4 @@
-"""Reflect-pad, crop, mirror, normalise: a whole batch at once, on the device, differently for every sample."""
+"""Augmentation of a whole batch at once, on the device, drawn anew for each sample: pad, crop, mirror, normalise."""
 
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ from fastadvisor.runtime.share import WHOLE, Share
 class Augmentation:
     """Random crop of the reflect-padded image, random mirror, AutoAugment, normalisation, Cutout (method.md, "Augmentation").
 
-    The crop is index arithmetic on the unpadded images: the padded copy, 1.6 times a CIFAR batch, is never made.
+    The crop is computed by indices into the unpadded images: a padded copy, 1.6 times the size of a CIFAR batch, is never made.
     """
 
     def __init__(
@@ -23,12 +23,12 @@ class Augmentation:
         """Set up.
 
         Args:
-            padding: pixels of reflected border; 0 for no crop.
-            flip: mirror half the images.
-            mean: per channel, in units of 0..1.
-            std: likewise.
+            padding: width in pixels of the reflected border; 0 for no crop.
+            flip: whether each image is mirrored with probability 1/2.
+            mean: of each channel, for pixels scaled to 0..1.
+            std: likewise, the standard deviation.
             policy: AutoAugment; None for none.
-            hole: side in pixels of Cutout's square; 0 for none.
+            hole: side in pixels of the square that Cutout removes; 0 for none.
         """
         self.padding, self.flip, self.mean, self.std, self.policy, self.hole = padding, flip, mean, std, policy, hole
 
@@ -44,21 +44,21 @@ class Augmentation:
     def __call__(
         self, images: Tensor, ids: Tensor, generator: Generator, host: Generator | None = None, share: Share = WHOLE
     ) -> Tensor:
-        """Cut a batch out of ``images``.
+        """Take the samples ``ids`` out of ``images`` and augment them.
 
         Args:
             images: (N, H, W, 3) uint8.
             ids: (B,) int64 rows of ``images``, on the same device.
-            generator: of that device.
-            host: of the CPU, for AutoAugment; None: ``generator``, if it is.
-            share: what of the batch of all ranks ``ids`` are. With generators in the same state, all ranks together get what
-                one process with their whole batch would.
+            generator: a generator of that device.
+            host: a generator of the CPU, for AutoAugment; None: ``generator``, which must then be one of the CPU.
+            share: which part of the batch of all ranks ``ids`` is. If their generators are in the same state, all ranks
+                together get exactly what one process with the whole batch would.
 
         Returns:
             (B, 3, H, W) float32, contiguous.
 
         Raises:
-            UserError: padding that does not fit the images.
+            UserError: the padding does not fit the images.
         """
         self.check(images)
         height, width = images.shape[1:3]
@@ -81,7 +81,7 @@ class Augmentation:
 
 
 def normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:
-    """Return (B, H, W, 3) uint8 ``images`` as (B, 3, H, W) float32, scaled to 0..1, less ``mean``, over ``std``."""
+    """Return (B, H, W, 3) uint8 ``images`` as (B, 3, H, W) float32: scaled to 0..1, minus ``mean``, divided by ``std``."""
     scale, offset = _scale_and_offset(mean, std, images.device)
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return planes.mul_(scale).add_(offset)
@@ -89,7 +89,7 @@ def normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _scale_and_offset(mean: Triple, std: Triple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return scale and offset, each (3, 1, 1); kept, because a copy to the device in every step would stall it."""
+    """Return scale and offset, each (3, 1, 1) float32. They are kept: copying them in every step would stall the device."""
     scale = [1 / (255 * deviation) for deviation in std]
     offset = [-average / deviation for average, deviation in zip(mean, std, strict=True)]
     return (
@@ -99,5 +99,5 @@ def _scale_and_offset(mean: Triple, std: Triple, device: torch.device) -> tuple[
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Fold positions from -size+1 to 2*size-2 back into 0..size-1 without repeating the border pixel."""
+    """Reflect positions from -size+1 to 2*size-2 into 0..size-1; the border pixel is not repeated."""
     return (size - 1) - ((size - 1) - index.abs()).abs()

@@ -1,4 +1,4 @@
-"""AutoAugment and Cutout on a whole batch at once, differently for every sample (Table 2; Cubuk et al. 2019)."""
+"""AutoAugment and Cutout of a whole batch at once, drawn anew for each sample (Table 2; Cubuk et al. 2019)."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from fastadvisor.runtime.share import WHOLE, Share
 
 Step = tuple[str, float, int | None]
-"""Operation, probability, magnitude as one of BINS steps."""
+"""The operation, its probability, and its magnitude as a number from 0 to BINS - 1 (None: it has none)."""
 
 BINS = 10
 
@@ -73,14 +73,14 @@ POLICIES: dict[str, tuple[tuple[Step, Step], ...]] = {
         (("Equalize", 0.8, None), ("Equalize", 0.6, None)),
     ),
 }
-"""The published sub-policies, two steps each, by the data set they were learned on (as in torchvision)."""
+"""The published sub-policies of two steps each, by the data set that they were learned on (as in torchvision)."""
 
 GEOMETRIC = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})
 WITHOUT_SIGN = frozenset({"Posterize", "Solarize", "AutoContrast", "Equalize", "Invert"})
 
 
 class Operation(NamedTuple):
-    """What is done to an image; images with equal ones are done together."""
+    """What is done to an image. Images with equal operations are processed together."""
 
     name: str
     bin: int | None = None
@@ -88,14 +88,14 @@ class Operation(NamedTuple):
 
 
 class AutoAugment:
-    """AutoAugment with torchvision's operations, nearest interpolation, what is moved in is black.
+    """AutoAugment with torchvision's operations, nearest-neighbour interpolation, and black where an image is moved away.
 
-    Which sample gets which operation is drawn on the host. So it is known there without waiting for the device, samples of
-    one operation go through it together, and most operations are the library's own.
+    Which operation a sample gets is drawn on the host, where it is then known without waiting for the device. So all samples
+    with the same operation are processed in one call, and most operations are those of torchvision itself.
     """
 
     def __init__(self, policy: str) -> None:
-        """Take ``policy``: cifar10 or imagenet."""
+        """Choose the policy, ``cifar10`` or ``imagenet``."""
         self.policy = POLICIES[policy]
 
     def __call__(self, images: Tensor, host: Generator, share: Share = WHOLE) -> Tensor:
@@ -103,8 +103,8 @@ class AutoAugment:
 
         Args:
             images: (B, 3, H, W) uint8, on any device.
-            host: of the CPU.
-            share: what of the batch of all ranks ``images`` are.
+            host: a generator of the CPU.
+            share: which part of the batch of all ranks ``images`` is.
 
         Returns:
             (B, 3, H, W) uint8, on the same device.
@@ -123,7 +123,7 @@ class AutoAugment:
 
 
 def _apply_all(images: Tensor, operations: list[Operation | None]) -> Tensor:
-    """Apply to each image its operation; None leaves it as it is."""
+    """Apply to each image its own operation; None leaves the image unchanged."""
     groups: dict[Operation | str | None, list[int]] = {}
     for row, operation in enumerate(operations):
         moves = operation is not None and operation.name in GEOMETRIC
@@ -143,29 +143,32 @@ def _apply_all(images: Tensor, operations: list[Operation | None]) -> Tensor:
 
 
 def apply(images: Tensor, operation: Operation) -> Tensor:
-    """Return (B, 3, H, W) uint8 ``images`` after ``operation``, the same for all."""
+    """Apply the same operation to all of (B, 3, H, W) uint8 ``images``."""
     return _apply_all(images, [operation] * len(images))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of ``tensor`` on ``device``, which nothing waits for."""
+    """Copy ``tensor`` to ``device`` without waiting for the copy to finish."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _warp(images: Tensor, operations: Sequence[Operation]) -> Tensor:
-    """Shear, translate or rotate each image in its own way, as ``torchvision...functional.affine`` does one after another."""
+    """Shear, translate or rotate each image by its own operation, as ``torchvision...functional.affine`` does for one image."""
     height, width = images.shape[-2:]
     inverse = torch.tensor([_inverse_matrix(operation, height, width) for operation in operations])
     inverse = to_device(inverse / torch.tensor([[width / 2], [height / 2]]), images.device)
     x, y = _pixel_positions(width, images.device), _pixel_positions(height, images.device)[:, None]
-    # Not as a matrix product, which TF32 would make too coarse for a coordinate.
+    # Not a matrix product: TF32 is too coarse for coordinates.
     a, b, c = inverse[..., None, None].unbind(dim=2)
     grid = (a * x + b * y + c).permute(0, 2, 3, 1)
     return grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False).to(torch.uint8)
 
 
 def _inverse_matrix(operation: Operation, height: int, width: int) -> list[list[float]]:
-    """Return where each pixel comes from: 2 × 3, in pixels from the centre. Shears keep the upper left corner in place."""
+    """Return the 2 × 3 matrix that maps a pixel to where it comes from, in pixels from the centre.
+
+    Shears keep the upper left corner in place, as in torchvision.
+    """
     by = _magnitude(operation, height, width)
     match operation.name:
         case "ShearX":
@@ -183,7 +186,7 @@ def _inverse_matrix(operation: Operation, height: int, width: int) -> list[list[
 
 @lru_cache(maxsize=32)
 def _pixel_positions(side: int, device: torch.device) -> Tensor:
-    """Return (side,) the position of each pixel from the centre; kept on the device."""
+    """Return the position of each pixel relative to the centre, (side,) float32; the tensor is kept on the device."""
     return torch.linspace((1 - side) / 2, (side - 1) / 2, side, device=device)
 
 
@@ -211,7 +214,7 @@ def _recolour(images: Tensor, operation: Operation) -> Tensor:
 
 
 def _adjust_sharpness(images: Tensor, factor: float) -> Tensor:
-    """As torchvision's, which sends the kernel to the device each time and waits for it."""
+    """Do what torchvision's does, without copying the kernel to the device each time and waiting for the copy."""
     if min(images.shape[-2:]) <= 2:
         return images
     sharp = images.float()
@@ -229,7 +232,7 @@ def _make_blur_kernel(device: torch.device) -> Tensor:
 
 
 def _magnitude(operation: Operation, height: int, width: int) -> float:
-    """Return the magnitude in the operation's own unit, with its sign; 0 where there is none."""
+    """Return the signed magnitude in the unit of the operation; 0 if the operation has none."""
     if operation.bin is None:
         return 0.0
     magnitude = _magnitudes(operation.name, height, width)[operation.bin]
@@ -238,8 +241,8 @@ def _magnitude(operation: Operation, height: int, width: int) -> float:
 
 @lru_cache(maxsize=256)
 def _magnitudes(name: str, height: int, width: int) -> list[float]:
-    """Return the magnitudes of the BINS steps for images of this size: torchvision's."""
-    if name == "Posterize":  # bits that are kept
+    """Return the BINS magnitudes of an operation for images of this size, as in torchvision."""
+    if name == "Posterize":  # the number of bits that are kept
         return (8 - torch.arange(BINS) / ((BINS - 1) / 4)).round().tolist()
     low, high = {
         "ShearX": (0.0, 0.3),
@@ -247,21 +250,21 @@ def _magnitudes(name: str, height: int, width: int) -> list[float]:
         "TranslateX": (0.0, 150 / 331 * width),  # pixels
         "TranslateY": (0.0, 150 / 331 * height),
         "Rotate": (0.0, 30.0),  # degrees
-        "Solarize": (1.0, 0.0),  # of the brightest
-    }.get(name, (0.0, 0.9))  # of the factor 1
+        "Solarize": (1.0, 0.0),  # as a fraction of the largest pixel value
+    }.get(name, (0.0, 0.9))  # difference of the factor from 1
     return torch.linspace(low, high, BINS).tolist()
 
 
 def cutout(images: Tensor, size: int, generator: Generator, share: Share = WHOLE) -> Tensor:
     """Set a square of each image to 0, the mean of normalised images (DeVries & Taylor 2017).
 
-    Its centre is anywhere in the image, and what lies outside is cut off.
+    The centre of the square is drawn uniformly from the image, so part of the square may lie outside.
 
     Args:
         images: (B, 3, H, W) float32, normalised; changed in place.
-        size: side in pixels.
-        generator: of the same device.
-        share: what of the batch of all ranks ``images`` are.
+        size: side of the square in pixels.
+        generator: a generator of the device of ``images``.
+        share: which part of the batch of all ranks ``images`` is.
 
     Returns:
         ``images``.

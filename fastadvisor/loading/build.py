@@ -1,4 +1,4 @@
-"""The loaders of a run, built as its settings and its data ask for."""
+"""Build the loaders of a run from its settings and its data."""
 
 from dataclasses import replace
 
@@ -28,21 +28,22 @@ from fastadvisor.loading.unreadable import BadImages
 from fastadvisor.runtime.environment import cpu_cores
 
 MOST_WORKERS = 16
+"""Worker processes of a loader, at most, if the user does not say how many."""
 
 
 def build_loaders(config: Config, data: TrainingData, device: torch.device, rank: int = 0, ranks: int = 1) -> Loaders:
-    """Build the loaders of a training run; for a resident one ``data`` has been through :func:`.memory.decode_into_memory`.
+    """Build the loaders of a training run.
 
     Args:
-        config: of the run; its batch sizes are those of all ranks together.
-        data: what to draw from.
-        device: of the batches.
-        rank: of this process: the part of each batch of all ranks that it sees.
-        ranks: processes that share an epoch of the training, meta and test images.
+        config: the settings of the run; batch sizes are those of all ranks together.
+        data: the data to draw from; for a resident loader :func:`.memory.decode_into_memory` has decoded the images.
+        device: the device of the batches.
+        rank: the number of this process, which sees the ``rank``-th part of each batch of all ranks.
+        ranks: number of processes that share an epoch of the training, meta and test images.
 
     Raises:
-        UserError: batches larger than what there is to draw from, images that do not fit in memory, too many that
-            cannot be read, or settings that contradict each other.
+        UserError: a batch is larger than the set that it is drawn from, the images do not fit in memory, too many images cannot
+            be read, or settings contradict each other.
     """
     geometry = choose_geometry(config, data)
     size = geometry.size
@@ -57,7 +58,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
         for part in counts.all():
             part.probe()
     batch, meta_batch = _split_batch_sizes(config, data, ranks)
-    # Streams of their own, so that the meta-set cycles by itself.
+    # Two seeds, so that the order of the meta-set does not depend on that of the training set.
     parts = ((data.train_ids, batch, 2 * config.seed), (data.meta_ids, meta_batch, 2 * config.seed + 1))
     pad = _build_augmentation(config, data) if geometry.crop == "pad" else None
     train: Loader
@@ -77,7 +78,7 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
 
             tests = [min(config.eval_batch_size, len(part)) for part in (data.test, data.val) if part is not None]
             check_shared_memory((batch, meta_batch), tests, size, workers)
-            check_open_files(3, workers)  # one of those that test at a time
+            check_open_files(3, workers)  # training, meta, and one loader for testing at a time
         train, meta = (
             StreamLoader(
                 _build_backend(name, data.images, geometry, config, data, device, batch, training=True, seed=seed, rank=rank),
@@ -100,10 +101,10 @@ def build_loaders(config: Config, data: TrainingData, device: torch.device, rank
 
 
 def build_test_loader(config: Config, data: TrainingData, device: torch.device) -> tuple[EvaluationLoader, int]:
-    """Build the loader of the test images alone; return it and the side in pixels of the images.
+    """Build only the loader of the test images; return it and the side in pixels of its images.
 
     Raises:
-        UserError: as :func:`build_loaders`.
+        UserError: as in :func:`build_loaders`.
     """
     geometry = choose_geometry(config, data)
     data = replace(data, test=cache_resized(data.test, "test", config, geometry), val=None)
@@ -113,7 +114,7 @@ def build_test_loader(config: Config, data: TrainingData, device: torch.device) 
         test = decode_split(data.test, geometry)
         data = replace(data, test=_drop_bad(test, counts.test))
     elif name == "synthetic":
-        name = "torch"  # what is tested is real
+        name = "torch"  # the test images are real ones all the same
     if name == "torch" and (workers := _count_workers(config)):
         from fastadvisor.loading.backends.dataloader import check_shared_memory
 
@@ -122,7 +123,7 @@ def build_test_loader(config: Config, data: TrainingData, device: torch.device) 
 
 
 class _BadImagesByPart:
-    """The counts of bad images of each part."""
+    """The images that could not be read, for each part of the data."""
 
     def __init__(self, data: TrainingData, config: LoaderConfig) -> None:
         most = config.max_bad_fraction
@@ -132,18 +133,18 @@ class _BadImagesByPart:
         self.val = None if data.val is None else BadImages("val", data.val.images, len(data.val), most)
 
     def all(self) -> list[BadImages]:
-        """Return those of the parts there are."""
+        """Return the counts of the parts that the data has."""
         return [self.train, self.meta, self.test, *([] if self.val is None else [self.val])]
 
     def count_missing_files(self, data: TrainingData) -> None:
-        """Count files that are not there or empty before any work is lost."""
+        """Count missing and empty files before the run begins, when no work can be lost yet."""
         for part, ids in zip(self.all(), (data.train_ids, data.meta_ids, None, None), strict=False):
             rows = np.arange(len(part.images)) if ids is None else _to_numpy(ids)
             sizes = part.images.sizes(rows)
             part.add({int(rows[at]): "no such file" if sizes[at] < 0 else "empty file" for at in np.flatnonzero(sizes <= 0)})
 
     def drop_bad_images(self, data: TrainingData) -> TrainingData:
-        """Return ``data``, which is in memory, without the images that could not be decoded."""
+        """Return ``data``, whose images are in memory, without those that could not be decoded."""
         assert isinstance(data.images, ArrayImages)
         kept = []
         for part, ids in ((self.train, data.train_ids), (self.meta, data.meta_ids)):
@@ -154,7 +155,7 @@ class _BadImagesByPart:
 
 
 def _drop_bad(split: Split, counted: BadImages) -> Split:
-    """Return ``split``, which is in memory, without the images that could not be decoded, which are counted."""
+    """Return ``split``, whose images are in memory, without those that could not be decoded; they are counted."""
     images = split.images
     assert isinstance(images, ArrayImages)
     counted.add(images.bad)
@@ -168,10 +169,10 @@ def _drop_bad(split: Split, counted: BadImages) -> Split:
 
 
 def _split_batch_sizes(config: LoaderConfig, data: TrainingData, ranks: int) -> tuple[int, int]:
-    """Return the training and the meta images of one rank in a step.
+    """Return the batch sizes of one rank, for training and for the meta-set.
 
     Raises:
-        UserError: a batch is larger than what there is to draw from, or cannot be shared evenly.
+        UserError: a batch is larger than the set that it is drawn from, or cannot be split evenly.
     """
     pieces = ranks * config.accumulate
     meta = config.meta_batch_size
@@ -229,8 +230,8 @@ def _build_backend(
     if name == "dali":
         mirror, policy = training and config.horizontal_flip, config.auto_augment if training else "none"
         if geometry.crop == "pad":
-            policy = "none"  # after the padding and cropping, which the device does
-        own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]) % 2**31  # DALI draws by itself
+            policy = "none"  # it follows padding and cropping, on the device
+        own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]) % 2**31  # for DALI's own random numbers
         work = Work(geometry, batch_size, device, workers, data.mean, data.std, training, mirror, policy, own)
         return dali.DaliBackend(images, work)
     from fastadvisor.loading.backends.dataloader import (  # torchvision's transforms take a second to import

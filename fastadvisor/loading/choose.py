@@ -1,4 +1,4 @@
-"""Which loader a run gets, and why; and images decoded into memory for the resident one."""
+"""Choose the loader of a run, and give the reason."""
 
 import torch
 
@@ -11,23 +11,23 @@ from fastadvisor.loading.decode import available_memory, choose_side
 from fastadvisor.loading.geometry import Geometry
 
 RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 8 * 10**9
-"""--loader auto keeps images in memory that take this share of what is free at most, and this much at most."""
+"""--loader auto keeps images in memory if they need at most this fraction of the free memory and at most so many bytes."""
 
 
 def choose_geometry(config: LoaderConfig, data: Source | TrainingData) -> Geometry:
-    """Return how images become batches; where nothing says their size, it is chosen from them.
+    """Return how images are resized and cropped; if neither user nor data set gives a size, the images decide it.
 
     Raises:
-        UserError: a crop larger than what it is cut out of.
+        UserError: the crop is larger than the resized image.
     """
     return Geometry.of(config, data.image_size or choose_side(image_tables(data)[0]))
 
 
 def choose_loader(config: LoaderConfig, data: Source | TrainingData, size: int, device: torch.device) -> tuple[str, str]:
-    """Return the loader's name and the reason, for images of ``size`` pixels.
+    """Return the name of the loader and the reason for it, for images of ``size`` × ``size`` pixels.
 
     Raises:
-        UserError: a loader that is not installed, or cannot do what is asked.
+        UserError: the loader that was asked for is not installed, or cannot do what the settings ask.
     """
     if config.loader == "resident" and config.crop != "pad":
         raise UserError(f"--loader resident crops by padding only, and --crop is {config.crop}: use --loader torch or dali.")
@@ -48,11 +48,12 @@ def choose_loader(config: LoaderConfig, data: Source | TrainingData, size: int, 
 
 
 def memory_needed(data: Source | TrainingData, size: int) -> int:
-    """Return the bytes that all images take at ``size`` pixels."""
+    """Return the memory in bytes that all images need at ``size`` × ``size`` pixels."""
     return sum(len(part) for part in image_tables(data)) * size * size * 3
 
 
 def image_tables(data: Source | TrainingData) -> list[Images]:
+    """Return the images of every part that the data has."""
     val = [] if data.val is None else [data.val.images]
     if isinstance(data, TrainingData):
         return [data.images, data.test.images, *val]

@@ -1,4 +1,4 @@
-"""Pillow's part: any image file to RGB, and whole data sets to one tensor, in threads (it releases the GIL as it decodes)."""
+"""Decoding with Pillow: any image file to RGB, and whole data sets to one tensor, in threads (Pillow releases the GIL)."""
 
 import errno
 import io
@@ -22,17 +22,17 @@ from fastadvisor.errors import too_many_open_files
 from fastadvisor.loading.geometry import Geometry
 
 LARGEST_SIDE = 224
-"""Cap on the side chosen for the user: what the usual networks were designed for."""
+"""Largest side in pixels that is chosen for the user: the one that the usual networks were designed for."""
 
 SAMPLE = 200
-"""Images whose headers are read to choose the side."""
+"""Number of images whose headers are read to choose the side."""
 
 
-# Pillow warns of each image of half the size that it refuses.
+# Pillow warns of every image that has more than half the pixels of those it refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MEGAPIXELS = 178
-"""Of the largest image that Pillow opens: a small file may claim to hold more than there is memory."""
+"""Size of the largest image that Pillow opens: a small file may claim to hold more pixels than fit in memory."""
 
 OTHER_FORMATS = (
     {b"II*\0": "a TIFF of a kind that is not read here", b"MM\0*": "a TIFF of a kind that is not read here"}
@@ -49,19 +49,19 @@ OTHER_FORMATS = (
     }
     | {b"<svg": "SVG, which is not read here", b"8BPS": "a Photoshop file, which is not read here"}
 )
-"""What a file that Pillow does not know is by its first bytes."""
+"""What a file that Pillow cannot open is, by its first bytes."""
 
 
 class Unreadable(Exception):
-    """An image that cannot be read, with the reason in a few words."""
+    """An image cannot be read; the message is the reason in a few words."""
 
 
 def read_encoded(images: Images, row: int) -> bytes:
-    """Return the encoded image.
+    """Return the bytes of the encoded image.
 
     Raises:
-        Unreadable: missing, empty, or the file system fails.
-        UserError: too many files are open, which is no fault of this one's.
+        Unreadable: the file is missing or empty, or the file system fails.
+        UserError: too many files are open, which is not the fault of this file.
     """
     try:
         data = images.encoded(row)
@@ -75,15 +75,16 @@ def read_encoded(images: Images, row: int) -> bytes:
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Return an image of any format that Pillow knows upright by its EXIF tag and in RGB: alpha dropped, other values than
-    bytes scaled (:func:`_scale_to_bytes`).
+    """Decode an image of any format that Pillow knows, turned upright by its EXIF tag, to RGB.
+
+    An alpha channel is dropped; values that are not bytes are scaled to bytes (:func:`_scale_to_bytes`).
 
     Raises:
-        Unreadable: cut short, damaged, too large, or no image.
+        Unreadable: the file is truncated, damaged, too large, or not an image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            # Before it is turned, which forgets the format: gray of more than 8 bits in PNG and PGM has 16.
+            # Asked before turning, which forgets the format: gray images of more than 8 bits in PNG and PGM have 16.
             sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
             return _convert_to_rgb(ImageOps.exif_transpose(image), sixteen=sixteen)
     except (MemoryError, Unreadable):
@@ -100,24 +101,24 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def evaluation_pixels(image: Image.Image, geometry: Geometry) -> NDArray[np.uint8]:
-    """Return an RGB image as the network sees it in testing, (S, S, 3) uint8; one that has this size keeps its pixels."""
+    """Resize and crop an RGB image as for testing, to (S, S, 3) uint8; an image of this size keeps its pixels."""
     side = geometry.size
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=geometry.test_box(*image.size)))
 
 
 def choose_side(images: Images) -> int:
-    """Return the median of the shorter sides over up to 200 images spread over ``images``, at most 224."""
+    """Return a side in pixels: the median shorter side of up to 200 images spread over the table, at most 224."""
     step = max(1, len(images) // SAMPLE)
     sides = [side for row in range(0, len(images), step)[:SAMPLE] if (side := _read_shorter_side(images, row))]
-    # No readable header at all: any side will do, decoding names the broken files.
+    # If no header can be read, any side will do: decoding names the broken files.
     return min(LARGEST_SIDE, int(median(sides))) if sides else 1
 
 
 def decode_all(images: Images, rows: Ints, geometry: Geometry) -> tuple[Tensor, dict[int, str]]:
-    """Decode the images of ``rows`` as in testing.
+    """Decode the images of ``rows``, resized and cropped as for testing.
 
     Returns:
-        (len(rows), S, S, 3) uint8, undefined where an image could not be read; and the reasons by row.
+        (len(rows), S, S, 3) uint8, undefined where an image could not be read; and the reason for each such row.
     """
     out = np.empty((len(rows), geometry.size, geometry.size, 3), dtype=np.uint8)
 
@@ -134,7 +135,7 @@ def decode_all(images: Images, rows: Ints, geometry: Geometry) -> tuple[Tensor, 
 
 
 def available_memory() -> int | None:
-    """Return the bytes of main memory that can still be had, or None where the system does not tell."""
+    """Return the bytes of main memory that are available; None if the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -145,23 +146,25 @@ def available_memory() -> int | None:
 
 
 def _convert_to_rgb(image: Image.Image, *, sixteen: bool) -> Image.Image:
-    """Return ``image`` in RGB, alpha dropped. ``sixteen``: whether a gray image of more than 8 bits has 16."""
-    if image.mode.startswith(("I", "F")):  # gray with more than 8 bits: PIL's own conversion would clip all above 255 to white
+    """Return ``image`` in RGB without alpha; ``sixteen`` says whether a gray image of more than 8 bits has 16 bits."""
+    if image.mode.startswith(("I", "F")):  # gray with more than 8 bits: Pillow itself would turn all above 255 white
         return Image.fromarray(_scale_to_bytes(np.asarray(image), sixteen=sixteen)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:  # PIL warns when such a palette goes to RGB directly
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns if such a palette is converted directly
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _scale_to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
-    """Return (H, W) values of a gray image as bytes.
+    """Scale the (H, W) values of a gray image to uint8.
 
-    16 bits lose the lower 8. Others say nothing of their range: fractions (floats in 0 to 1, or a tenth beyond, as resampling
-    overshoots) and bytes (0 to 255; floats among them that are not whole numbers reach a tenth of that) are taken as such,
-    anything else is scaled so that the image's own least value becomes 0 and its greatest 255.
+    Values of 16 bits lose the lower 8. Other formats do not state their range, so it is inferred:
+
+    - Floats within 0 to 1, or a tenth outside of it because resampling overshoots, are fractions of white.
+    - Values within 0 to 255 are bytes, provided that they are whole numbers or that the largest is above 25.5.
+    - All other values are scaled so that the smallest becomes 0 and the largest 255.
 
     Raises:
-        Unreadable: values that are not finite.
+        Unreadable: a value is not finite.
     """
     if sixteen:
         return (values.clip(0, 65535) // 256).astype(np.uint8)
@@ -176,8 +179,8 @@ def _scale_to_bytes(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]
 
 
 def _identify_format(data: bytes) -> str | None:
-    """Return what an image that Pillow does not know is; None if it looks like none."""
-    begins = (data[:4], data[4:12])  # a box of the ISO formats begins with its length
+    """Return the format of an image that Pillow cannot open; None if the bytes do not look like an image."""
+    begins = (data[:4], data[4:12])  # ISO formats begin with the length of a box
     return next((what for magic, what in OTHER_FORMATS.items() if magic in begins), None)
 
 

@@ -1,4 +1,4 @@
-"""Which window of an image becomes the square that the network sees: one answer for every loader."""
+"""Resizing and cropping: which window of an image becomes the square that the network sees, the same for every loader."""
 
 import math
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ from fastadvisor.errors import UserError
 
 Draws = NDArray[np.float64]
 TRIES = 10
-"""Of an area and an aspect ratio that fit the image, before the centre is taken (torchvision)."""
+"""Attempts to draw an area and an aspect ratio that fit the image, before the centre is taken (as in torchvision)."""
 
 DRAWS = 3 + 2 * TRIES
-"""Uniform numbers a sample: mirror, horizontal and vertical position, and the tries."""
+"""Uniform random numbers for each sample: mirror, horizontal and vertical position, and two for each attempt."""
 
 MIRROR, ACROSS, DOWN, AREAS = 0, 1, 2, 3
-"""What each of them decides; from AREAS on, area and aspect ratio by turns."""
+"""The place of each among these numbers; from AREAS on, area and aspect ratio alternate."""
 
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-"""Ranges of --crop resized: torchvision's (Szegedy et al. 2015)."""
+"""Ranges of --crop resized, as a fraction of the image's area and as width / height (torchvision; Szegedy et al. 2015)."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image of any size becomes ``size`` × ``size`` pixels."""
+    """How an image of any size is resized and cropped to ``size`` × ``size`` pixels."""
 
     size: int
     resize: int
-    """The shorter side before the crop."""
+    """Shorter side in pixels of the resized image, before the crop."""
     crop: str
     """``LoaderConfig.crop``: pad, random or resized."""
 
     @classmethod
     def of(cls, config: LoaderConfig, size: int) -> "Geometry":
-        """Return what ``config`` asks for, for an output of ``size`` pixels.
+        """Return the geometry that ``config`` asks for, for an output of ``size`` × ``size`` pixels.
 
         Raises:
-            UserError: a crop larger than what it is cut out of.
+            UserError: the crop is larger than the resized image.
         """
         resize = config.resize_size or (size if config.crop == "pad" else round(size * 256 / 224))
         if resize < size:
@@ -48,21 +48,21 @@ class Geometry:
         return cls(size, resize, config.crop)
 
     def test_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Return (left, top, right, bottom) in source pixels: shorter side to ``resize``, the centre cut out.
+        """Return the window for testing, (left, top, right, bottom) in source pixels: the centre of the resized image.
 
-        The grid is that of torchvision's Resize and CenterCrop, roundings included.
+        It is the window of torchvision's Resize and CenterCrop, with the same rounding.
         """
         across, down = self.resized(width, height)
-        # Halves go up or down as in CenterCrop, which rounds to even.
+        # As in CenterCrop, halves are rounded to even.
         return self._in_source(round((across - self.size) / 2), round((down - self.size) / 2), width / across, height / down)
 
     def train_box(self, width: int, height: int, draws: Draws) -> tuple[int, int, int, int]:
-        """Return (left, top, right, bottom) in whole source pixels, for --crop random and resized.
+        """Return a random window, (left, top, right, bottom) in whole source pixels, for --crop random and resized.
 
         Args:
-            width: of the source in pixels.
-            height: likewise.
-            draws: (DRAWS,) uniform in [0, 1).
+            width: width of the source in pixels.
+            height: height of the source in pixels.
+            draws: (DRAWS,) float64, uniform in [0, 1).
         """
         if self.crop == "random":
             across, down = self.resized(width, height)
@@ -76,7 +76,7 @@ class Geometry:
         return x, y, x + w, y + h
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return (width, height) with the shorter side brought to ``resize``, the longer rounded down as in torchvision."""
+        """Return (width, height) scaled to a shorter side of ``resize``; the longer side is rounded down as in torchvision."""
         if width <= height:
             return self.resize, int(self.resize * height / width)
         return int(self.resize * width / height), self.resize
@@ -86,7 +86,7 @@ class Geometry:
 
 
 def _area_and_aspect(width: int, height: int, draws: Draws) -> tuple[int, int]:
-    """Return (width, height) of a window of random area and aspect ratio; where no try fits, the largest of a near ratio."""
+    """Return (width, height) of a window of random area and aspect ratio; if none fits, the largest of an allowed ratio."""
     low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
     for attempt in range(TRIES):
         one, two = float(draws[AREAS + 2 * attempt]), float(draws[AREAS + 2 * attempt + 1])

@@ -1,24 +1,24 @@
-"""What a JPEG's header says, in a few microseconds: whether every decoder reads the file alike, and its size."""
+"""Read the header of a JPEG in a few microseconds: its size, and whether all decoders read the file alike."""
 
 from PIL import Image
 
 TAIL = 4096
-"""Bytes at the end among which a complete file has its end marker; some cameras append data after it."""
+"""A complete file has its end marker within so many bytes of its end; some cameras append data after it."""
 
 FRAMES = frozenset({0xC0, 0xC1, 0xC2})
-"""Start of a frame: baseline, extended and progressive, Huffman coded."""
+"""Markers of a frame that is Huffman coded: baseline, extended and progressive."""
 
 OTHER_FRAMES = frozenset({0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
-"""Lossless, hierarchical and arithmetic coded: hardly any decoder knows them."""
+"""Markers of a frame that is lossless, hierarchical or arithmetic coded, which hardly any decoder knows."""
 
 EXIF, SCAN = 0xE1, 0xDA
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) in pixels of a plain, complete JPEG.
+    """Return (width, height) in pixels of a plain, complete JPEG; None for anything else.
 
-    None for anything else, whatever the file is called: other formats, CMYK, images that an EXIF tag turns, files cut
-    short. Those go through Pillow one by one, which knows what they are.
+    Anything else means other formats, CMYK, images that an EXIF tag turns, and truncated files, whatever their names are.
+    Pillow decodes those one by one, and reports what is wrong with them.
     """
     if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9", max(2, len(data) - TAIL)) < 0:
         return None

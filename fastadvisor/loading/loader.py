@@ -1,4 +1,4 @@
-"""What a loader is, and all of a run's loaders together."""
+"""The interfaces of loaders, and all loaders of a run together."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from fastadvisor.loading.unreadable import BadImages
 
 
 class Loader(Protocol):
-    """A stream of training batches."""
+    """An endless stream of batches for training."""
 
     batch_size: int
     waited: float
     """Seconds spent waiting for batches so far."""
 
     def __len__(self) -> int:
-        """Full batches an epoch."""
+        """Return the number of full batches in an epoch."""
         ...
 
     def next_batch(self) -> Batch:
@@ -27,15 +27,21 @@ class Loader(Protocol):
         ...
 
     def use(self, sampler: Sampler, *, anew: bool) -> None:
-        """Draw epochs by ``sampler``; ``anew``: the next batch begins one, else the epoch that has begun was drawn by it."""
+        """Draw epochs with ``sampler``.
+
+        Args:
+            sampler: decides which samples an epoch holds, and in what order.
+            anew: whether the next batch begins a new epoch; otherwise ``sampler`` drew the epoch that is under way as well, as
+                when a run is resumed.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands."""
+        """Return the position in the stream, as a checkpoint holds it."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly there."""
+        """Continue exactly where the loader stood whose ``state_dict`` returned ``state``."""
         ...
 
     def close(self) -> None:
@@ -44,7 +50,7 @@ class Loader(Protocol):
 
 
 class EvaluationLoader(Protocol):
-    """The test images, each once a pass."""
+    """The test images, in batches; each image once in every pass."""
 
     def __len__(self) -> int: ...
 
@@ -57,30 +63,30 @@ class EvaluationLoader(Protocol):
 
 @dataclass
 class Loaders:
-    """What a run reads its batches from."""
+    """The loaders of a run."""
 
     name: str
     """resident, torch, dali or synthetic."""
     why: str
-    """Why this one."""
+    """The reason for this loader, in words."""
     size: int
     """Side in pixels of the images in a batch."""
     data: TrainingData
-    """The data as the loaders see it: less the bad images that a resident loader found, and decoded for one."""
+    """The data that the loaders read; for a resident loader it is decoded, and images that cannot be read are left out."""
     train: Loader
     meta: Loader
     test: EvaluationLoader
     val: EvaluationLoader | None = None
-    """To choose the best checkpoint by, where the data set has images for that."""
+    """The images by which the best checkpoint is chosen, if the data set has such images."""
     bad: list[BadImages] = field(default_factory=list)
-    """Of the training, meta, test and val images."""
+    """The images that could not be read, for each of the training, meta, test and val images."""
 
     def bad_table(self) -> str:
-        """Return all images that could not be read as CSV."""
+        """Return a table of all images that could not be read, as CSV."""
         return unreadable.to_csv(self.bad)
 
     def bad_count(self) -> int:
-        """Return how many images could not be read."""
+        """Return the number of images that could not be read."""
         return sum(len(part.reasons) for part in self.bad)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Bring the images of a data set near before a run: small copies on disk, and pixels in memory where they fit."""
+"""Cache the images of a data set before a run: small copies on disk (``--cache-size``), and pixels in memory if they fit."""
 
 from dataclasses import replace
 
@@ -16,10 +16,10 @@ from fastadvisor.loading.resized_cache import cache_resized
 
 
 def cache_images(source: Source, config: Config, device: torch.device) -> Source:
-    """Bring the images of ``source`` near: small copies in place of large ones (--cache-size), into memory if they fit.
+    """Return ``source`` with small copies in place of large images (--cache-size), decoded into memory if they fit.
 
     Raises:
-        UserError: as :func:`fastadvisor.loading.resized_cache.cache_resized` and :func:`decode_into_memory`.
+        UserError: as in :func:`fastadvisor.loading.resized_cache.cache_resized` and :func:`decode_into_memory`.
     """
     if config.cache_size is not None:
         geometry = choose_geometry(config, replace(source, image_size=config.image_size or source.image_size))
@@ -34,22 +34,22 @@ def cache_images(source: Source, config: Config, device: torch.device) -> Source
 
 
 def decode_into_memory(source: Source, config: Config, device: torch.device) -> Source:
-    """Return ``source`` with its images decoded, if the loader is the resident one; else as it is.
+    """Return ``source`` with its images decoded if the run gets the resident loader, and unchanged otherwise.
 
     Args:
-        source: as a reader gives it.
-        config: of the run.
-        device: that the run trains on.
+        source: the data set, as a reader returns it.
+        config: the settings of the run.
+        device: the device that the run trains on.
 
     Raises:
-        UserError: too little memory.
+        UserError: there is too little memory.
     """
     sized = replace(source, image_size=config.image_size or source.image_size)
     geometry = choose_geometry(config, sized)
     if choose_loader(config, sized, geometry.size, device)[0] != "resident":
         return source
     needed, available = memory_needed(source, geometry.size), available_memory()
-    if source.meta is not None and not source.meta_drawn:  # joining both holds them twice for a moment
+    if source.meta is not None and not source.meta_drawn:  # while they are joined, both are held twice
         needed += (len(source.train) + len(source.meta)) * geometry.size**2 * 3
     on_disk = any(not isinstance(part, ArrayImages) for part in image_tables(source))
     if on_disk and available is not None and needed > available:
@@ -64,7 +64,7 @@ def decode_into_memory(source: Source, config: Config, device: torch.device) -> 
 
 
 def decode_split(split: Split, geometry: Geometry) -> Split:
-    """Return ``split`` in memory, as in testing; what cannot be read is in ``ArrayImages.bad``."""
+    """Return ``split`` decoded into memory, cropped as for testing; ``ArrayImages.bad`` lists images that cannot be read."""
     if isinstance(split.images, ArrayImages):
         return split
     pixels, reasons = decode_all(split.images, np.arange(len(split)), geometry)

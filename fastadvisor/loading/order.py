@@ -1,7 +1,7 @@
-"""Which samples a batch holds and how each is cropped: a pure function of the seed and the batch's number.
+"""Which samples a batch holds and how each is cropped: a pure function of the seed and the number of the batch.
 
-So a loader's whole state is a number, two loaders of one seed give the same batches, and N ranks with batch B/N see
-together exactly what one rank with batch B sees.
+The whole state of a loader is therefore one number, two loaders with the same seed give the same batches, and N ranks with a
+batch size of B/N see together exactly what one rank with a batch size of B sees.
 """
 
 from collections.abc import Iterator
@@ -15,26 +15,24 @@ from fastadvisor.loading.samplers import SAMPLERS, Sampler
 from fastadvisor.runtime.share import Share
 
 SPARES = 32
-"""Samples that stand in, in this order, for those of a batch that cannot be read."""
+"""Number of spare samples of a batch, which replace, in order, those that cannot be read."""
 
 
 class Spec(NamedTuple):
-    """What a batch is to be made of."""
+    """The samples of a batch, and the random numbers by which they are cropped."""
 
     number: int
     """Number of the batch, counted from the start of the run."""
     ids: Ints
-    """(B,)"""
+    """(B,) int64 sample ids."""
     draws: Draws | None
-    """(B, DRAWS) uniform in [0, 1); None in testing."""
+    """(B, DRAWS) float64, uniform in [0, 1); None for testing."""
     spares: Ints
-    """(SPARES,) ids, or none in testing."""
+    """(SPARES,) int64 sample ids that replace images that cannot be read; empty for testing."""
 
 
 class Order:
-    """An endless sequence of batches; every epoch a new order, of all samples once unless another sampler is used, and the last
-    partial batch dropped.
-    """
+    """An endless sequence of batches. The sampler draws every epoch anew; the last, partial batch of an epoch is dropped."""
 
     def __init__(
         self, ids: Ints, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, labels: Ints | None = None
@@ -42,12 +40,12 @@ class Order:
         """Set up.
 
         Args:
-            ids: (n,) the samples to draw from.
-            batch_size: samples of this rank in a batch.
-            seed: of the order and the crops.
-            rank: of this process, 0 to ``ranks`` - 1: it sees the ``rank``-th part of each batch of all ranks.
-            ranks: processes that share an epoch.
-            labels: (n,) of the samples, for samplers that go by them.
+            ids: (n,) int64, the samples to draw from.
+            batch_size: number of samples of this rank in a batch.
+            seed: the seed of the order and of the crops.
+            rank: number of this process, 0 to ``ranks`` - 1: it sees the ``rank``-th part of each batch of all ranks.
+            ranks: number of processes that share an epoch.
+            labels: (n,) int64, the labels as given of the samples, for samplers that use them.
         """
         self.labels = np.zeros_like(ids) if labels is None else labels
         self.sampler: Sampler = SAMPLERS["shuffled"]
@@ -55,11 +53,11 @@ class Order:
         self._epoch, self._order = -1, ids
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Return the number of full batches in an epoch."""
         return len(self.ids) // self.share.whole(self.batch_size)
 
     def use(self, sampler: Sampler) -> None:
-        """Draw epochs by ``sampler``."""
+        """Draw epochs with ``sampler``, the one that is under way included."""
         self.sampler, self._epoch = sampler, -1
 
     def spec(self, number: int) -> Spec:
@@ -75,15 +73,16 @@ class Order:
         return Spec(number, self._order[position * whole : (position + 1) * whole][mine], draws, spares)
 
     def specs(self, start: int) -> Iterator[Spec]:
-        """Return the batches from number ``start`` on, without end."""
+        """Yield the batches from number ``start`` on, without end."""
         while True:
             yield self.spec(start)
             start += 1
 
 
 def list_sequential_specs(count: int, batch_size: int, rank: int = 0, ranks: int = 1) -> list[Spec]:
-    """Return the batches that cover every ``ranks``-th of rows 0 to ``count`` - 1, from ``rank`` on, once and in order; the
-    last may be smaller.
+    """Return the batches that cover the rows ``rank``, ``rank`` + ``ranks``, ... below ``count`` once, in order.
+
+    The last batch may be smaller than ``batch_size``.
     """
     none = np.empty(0, dtype=np.int64)
     rows = np.arange(rank, count, ranks)

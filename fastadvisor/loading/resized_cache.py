@@ -1,9 +1,9 @@
-"""Small copies of large images, made once and read ever after (``--cache-size``).
+"""Small copies of large images, which are made once and read from then on (``--cache-size``).
 
-Decoding a 500-pixel JPEG costs four times a 256-pixel one, and a file system gives up a few shards more readily than a
-million files. A shard holds the copies of up to a thousand images, one after another as a tar file; its name is a digest
-of the names, sizes and times of the images in it, and of what is in some of them, so what has changed is made again and an
-interrupted run goes on where it was.
+Decoding a JPEG of 500 pixels takes four times as long as one of 256, and a file system reads a few shards faster than a million
+files. A shard is a tar file with the copies of up to a thousand images. Its name is a digest of the names, sizes and times of
+those images and of the content of some. So copies of images that have changed are made again, and an interrupted run keeps the
+shards that it has finished.
 """
 
 import hashlib
@@ -31,31 +31,31 @@ from fastadvisor.loading.geometry import Geometry
 from fastadvisor.runtime.environment import cache_folder, cpu_cores
 
 SHARD = 1000
-"""Images in a shard."""
+"""Number of images in a shard."""
 
 QUALITY = 95
-"""Of the copies as JPEG, colour at half the resolution, as cameras do: two grey levels off the resized image on average."""
+"""JPEG quality of the copies, with colour at half the resolution as in cameras: two grey levels of error on average."""
 
 READ = 16
-"""Images of a shard whose content is in its name: a picture may be drawn anew in the same size and keep its time, as a copying
-program that keeps times leaves it, but hardly one alone."""
+"""Number of images whose content is part of the name of their shard. An image may be replaced
+by another of the same size and time, as programs that copy times leave it, but hardly ever just one image."""
 
 VERSION = "2"
-"""Part of every shard's name: changes when copies come out otherwise."""
+"""Part of the name of every shard; to be changed whenever the copies would come out differently."""
 
 
 class CopiedImages(TarImages):
-    """Small copies in shards, each checked against its checksum as it is read."""
+    """Small copies in shards; each is compared with its checksum when it is read."""
 
     def __init__(
         self, shards: list[Path], shard: Ints, offset: Ints, size: Ints, crc: Ints, reasons: dict[int, str], originals: Images
     ) -> None:
-        """Take where each copy lies, its CRC-32, why there is none (by row), and the originals, for their names."""
+        """Take the place and CRC-32 of each copy, the reason for each row without a copy, and the originals."""
         self.shards, self.shard, self.offset, self.size = shards, shard, offset, size
         self.crc, self.reasons, self.originals = crc, reasons, originals
 
     def encoded(self, row: int) -> bytes:
-        """Read the copy; OSError where it is damaged or there is none."""
+        """Return the bytes of the copy; raise OSError if it is damaged or there is none."""
         if row in self.reasons:
             raise OSError(self.reasons[row])
         data = super().encoded(row)
@@ -74,36 +74,36 @@ class CopiedImages(TarImages):
         return CopiedImages(self.shards, *parts, reasons, self.originals.select(rows))
 
     def sizes(self, rows: NDArray[np.integer]) -> Ints:
-        """Return the copies' sizes, -1 where there is none."""
+        """Return the size of each copy in bytes, -1 where there is none."""
         return np.where(self.size[rows] > 0, self.size[rows], -1)
 
 
 class _Table(NamedTuple):
-    """What a shard holds, for each of its images in order."""
+    """The contents of a shard: (n,) int64 each, for its n images in order."""
 
     offset: Ints
     size: Ints
     crc: Ints
     bad: Ints
-    """Places of the images of which there is no copy; the arrays above are zero there."""
+    """The places of images without a copy; the arrays above are zero there."""
     reasons: NDArray[np.str_]
-    """Why, for each of ``bad``."""
+    """The reason for each of ``bad``."""
 
 
 def cache_resized(split: Split, part: str, config: LoaderConfig, geometry: Geometry) -> Split:
-    """Return ``split`` with copies in place of its images, whose shorter side is ``config.cache_size`` at most.
+    """Return ``split`` with copies in place of its images; the shorter side of a copy is at most ``config.cache_size`` pixels.
 
-    Smaller images are copied byte by byte. Copies that are there already are not made again.
+    Images that are no larger are copied byte by byte. Copies that exist already are not made again.
 
     Args:
-        split: of image files.
-        part: what to call it on the progress bar.
-        config: size and folder.
-        geometry: what becomes of the copies.
+        split: image files with their labels.
+        part: the name of the part, for the progress bar.
+        config: the size of the copies, and their folder.
+        geometry: how the copies are resized and cropped later.
 
     Raises:
-        UserError: images that are in memory anyway, copies smaller than what the network is to see, or a folder that
-            cannot be written to.
+        UserError: the images are in memory, the copies would be smaller than the resized images, or the folder cannot be
+            written to.
     """
     size = config.cache_size
     if size is None:
@@ -166,7 +166,7 @@ def _name_shard(images: Images, rows: Ints, sizes: Ints, times: Ints, size: int)
 
 
 def _write_shard(images: Images, rows: Ints, size: int, shard: Path, pool: ThreadPoolExecutor) -> _Table:
-    """Write the copies of ``rows`` and, last, their table: a shard without one is not finished."""
+    """Write the copies of ``rows`` and after them their table: a shard without a table is not finished."""
     offset, length, crc = (np.zeros(len(rows), dtype=np.int64) for _ in range(3))
     bad: dict[int, str] = {}
     partial = shard.with_suffix(f".{os.getpid()}.partial")
@@ -191,12 +191,12 @@ def _write_shard(images: Images, rows: Ints, size: int, shard: Path, pool: Threa
 
 
 def _read_table(shard: Path) -> _Table | None:
-    """Return the table of a finished shard; None where it is to be made."""
+    """Return the table of a finished shard; None if the shard has to be made."""
     try:
         with np.load(shard.with_suffix(".npz"), allow_pickle=False) as file:
             table = _Table(*(file[key] for key in _Table._fields))
         whole = shard.stat().st_size >= int((table.offset + table.size).max(initial=0))
-    except Exception:  # numpy raises OSError, ValueError, EOFError, BadZipFile, KeyError and more: made again
+    except Exception:  # numpy raises OSError, ValueError, EOFError, BadZipFile, KeyError and more
         return None
     return table if whole else None
 
@@ -209,16 +209,16 @@ def _try_copy(images: Images, row: int, size: int) -> bytes | Unreadable:
 
 
 def _copy(data: bytes, size: int) -> bytes:
-    """Return ``data`` as it is if its shorter side is ``size`` at most, else brought to ``size`` as JPEG.
+    """Return ``data`` unchanged if its shorter side is at most ``size`` pixels, otherwise resized to ``size``, as JPEG.
 
     Raises:
-        Unreadable: cut short, damaged, or no image.
+        Unreadable: the file is truncated, damaged, or not an image.
     """
     image = decode_rgb(data)
     if min(image.size) <= size:
         return data
     out = io.BytesIO()
-    # Grid and filter are those of testing: copies at --resize-size give the pixels that the originals would.
+    # Grid and filter are those of testing, so copies at --resize-size give the pixels that the originals would.
     target = Geometry(size, size, "pad").resized(*image.size)
     image.resize(target, Image.Resampling.BILINEAR).save(out, "JPEG", quality=QUALITY)
     return out.getvalue()

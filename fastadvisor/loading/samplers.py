@@ -1,6 +1,6 @@
-"""How the samples of an epoch are drawn.
+"""Samplers: which samples an epoch holds, and in what order.
 
-To add one: a class with ``epoch``, and a line in ``SAMPLERS``; a stage of a method asks for it by its name.
+To add one, write a class with ``epoch`` and a line in ``SAMPLERS``; a stage of a method asks for it by its name.
 """
 
 from typing import Protocol
@@ -14,12 +14,12 @@ class Sampler(Protocol):
     """Draws the samples of an epoch."""
 
     def epoch(self, ids: Ints, labels: Ints, rng: np.random.Generator) -> Ints:
-        """Return (n,) ids, in the order in which they are trained on.
+        """Return (n,) int64 ids, in the order in which they are trained on.
 
         Args:
-            ids: (n,) the samples to draw from.
-            labels: (n,) their labels, as given.
-            rng: of this epoch; the same on all ranks.
+            ids: (n,) int64, the samples to draw from.
+            labels: (n,) int64, their labels as given.
+            rng: the generator of this epoch, which is in the same state on all ranks.
         """
         ...
 
@@ -33,13 +33,13 @@ class Shuffled:
 
 
 class ClassAware:
-    """Every class equally often: one sample of each class in turn, in an order of the classes that is new in each turn.
+    """Every class equally often: one sample of each class in each round, with the classes shuffled anew in every round.
 
-    The samples of a class are all drawn before one is drawn again (Shen et al. 2016; the second stage of Kang et al. 2020).
+    All samples of a class are drawn before one is drawn again (Shen et al. 2016; the second stage of Kang et al. 2020).
     """
 
     def epoch(self, ids: Ints, labels: Ints, rng: np.random.Generator) -> Ints:
-        """Return (n,) ids, those of small classes several times."""
+        """Return (n,) ids, in which the samples of small classes occur several times."""
         present = np.unique(labels)
         classes = _repeat_shuffled(present, len(ids), rng)
         drawn = np.empty_like(ids)
@@ -50,7 +50,7 @@ class ClassAware:
 
 
 def _repeat_shuffled(values: Ints, count: int, rng: np.random.Generator) -> Ints:
-    """Return ``count`` of ``values``, in permutations one after the other."""
+    """Return ``count`` values: permutations of ``values``, one after another, the last one cut off."""
     turns = -(-count // len(values))
     return rng.permuted(np.tile(values, (turns, 1)), axis=1).reshape(-1)[:count]
 

@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, listed, and too many of them refused."""
+"""Images that cannot be read are counted and listed; a run with too many of them is refused."""
 
 import csv
 import io
@@ -11,30 +11,32 @@ from fastadvisor.errors import UserError
 from fastadvisor.loading.decode import Unreadable, decode_rgb, read_encoded
 
 COLUMNS = ("part", "id", "reason", "image")
+"""Header of the table of bad images."""
+
 PROBED = 32
-"""Images of a part that are decoded before a run, at most: the first that can be read ends it."""
+"""Most images of a part that are decoded before a run to find one that can be read."""
 
 
 class BadImages:
-    """Those of one part of a data set (training, meta, test), by row."""
+    """The images of one part of a data set (training, meta, test, val) that cannot be read, by row."""
 
     def __init__(self, part: str, images: Images, total: int, max_fraction: float) -> None:
         """Set up.
 
         Args:
-            part: what to call it in messages.
-            images: for their names.
-            total: images of the part.
-            max_fraction: of ``total``, rounded down, how many may be bad.
+            part: the name of the part, for messages.
+            images: the images of the part, for their names.
+            total: number of images in the part.
+            max_fraction: the fraction of ``total`` that may be bad; the number is rounded down.
         """
         self.part, self.images, self.total, self.max_fraction = part, images, total, max_fraction
         self.reasons: dict[int, str] = {}
 
     def add(self, found: Mapping[int, str]) -> None:
-        """Count the images of ``found``, row -> reason; twice is once.
+        """Add the images of ``found``, the reason by row; an image that is added twice counts once.
 
         Raises:
-            UserError: more than may be; names the first.
+            UserError: more images are bad than may be; the message names the first.
         """
         self.reasons.update(found)
         if len(self.reasons) > int(self.max_fraction * self.total):
@@ -47,10 +49,10 @@ class BadImages:
             )
 
     def probe(self) -> None:
-        """Decode a few images spread over the part: an epoch is long, and its end no time to learn that all are broken.
+        """Decode a few images spread over the part, so that a part of which nothing can be read is found before the run.
 
         Raises:
-            UserError: none of them can be read.
+            UserError: none of the images that were tried can be read.
         """
         if not self.total or isinstance(self.images, ArrayImages):
             return
@@ -68,16 +70,16 @@ class BadImages:
         )
 
     def first(self, count: int) -> list[tuple[int, str]]:
-        """Return row and reason of the first ``count``."""
+        """Return row and reason of the first ``count`` images."""
         return sorted(self.reasons.items())[:count]
 
     def rows(self) -> Iterable[tuple[str, int, str, str]]:
-        """Return (part, id, reason, name) of each."""
+        """Return (part, id, reason, name) of each image."""
         return [(self.part, row, reason, self.images.name(row)) for row, reason in sorted(self.reasons.items())]
 
 
 def to_csv(parts: Iterable[BadImages]) -> str:
-    """Return the bad images of ``parts`` as CSV."""
+    """Return a table of the bad images of all ``parts``, as CSV with a header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -1,4 +1,4 @@
-"""One file a data set: how it lies on people's disks. Reading one opens no image."""
+"""One file for each data set, which knows its layout on disk. Reading a data set opens no image."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,17 +36,17 @@ READERS: dict[str, Callable[[DataConfig], Source]] = {
     "food101n": food101n.read,
     "animal10n": animal10n.read,
 }
-"""Name of a data set -> the function that reads it."""
+"""The function that reads a data set, by the name of the data set."""
 
 OF_ONE_SIZE = ("digits", "cifar10", "cifar100")
 VARIANTS = {"clothing1m": ("noisy", "clean-and-noisy"), "webvision": ("full", "mini")}
 
 
 def load_source(config: DataConfig) -> Source:
-    """Read the data set that ``config`` names, as it lies on disk.
+    """Read the data set that ``config`` names from disk.
 
     Raises:
-        UserError: an unknown name, a setting that the data set does not have, or it is missing, incomplete or broken.
+        UserError: the name is unknown, a setting does not apply to the data set, or its files are missing or damaged.
     """
     name = config.dataset
     if name not in READERS:
@@ -73,10 +73,10 @@ def load_source(config: DataConfig) -> Source:
 
 
 def mark_shared_meta_images(source: Source) -> Source:
-    """Return ``source`` with the meta images that are training images as well, by their paths, marked as such.
+    """Return ``source`` with ``meta_rows`` set: which of its meta images are training images as well, by their paths.
 
     Raises:
-        UserError: one is a test image, or named twice.
+        UserError: a meta image is a test or val image, or is named twice.
     """
     meta = source.meta
     if meta is None or source.meta_drawn:

@@ -1,4 +1,4 @@
-"""Animal-10N (Song et al. 2019): ten animals, five pairs that are easily confused; the label is in the file's name."""
+"""Animal-10N (Song et al. 2019): ten animals, in five pairs that are easily confused; file names hold the labels."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def read(config: DataConfig) -> Source:
     clean ones.
 
     Raises:
-        UserError: a folder is missing, empty or cannot be read, or a file's name has no label.
+        UserError: a folder is missing, empty or cannot be read, or the name of a file has no label.
     """
     root = find_root(config, "training/ and testing/")
     depths = ("training", "*/training", "*/*/training")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: the published pickles, or the same images as a pair of folders (formats.md)."""
+"""CIFAR-10 and CIFAR-100: the published pickles, or the same images in folders of classes (formats.md)."""
 
 import os
 from dataclasses import replace
@@ -53,7 +53,7 @@ def read(config: DataConfig) -> Source:
     """Read ``config.dataset`` (cifar10 or cifar100) from ``config.data_root``, images of 32 × 32 pixels.
 
     Raises:
-        UserError: no root, nothing there that this reader knows, a broken archive, or a failed download.
+        UserError: no root is given, it holds nothing that this reader knows, the archive is damaged, or the download fails.
     """
     name, archive = config.dataset, ARCHIVES[config.dataset]
     if config.data_root is None:
@@ -61,9 +61,9 @@ def read(config: DataConfig) -> Source:
             f"{name} needs a folder: --data-root DIR that holds {archive}/, or --data-root DIR --download to fetch it."
         )
     root = Path(config.data_root)
-    if root.name == archive:  # the archive itself was named instead of the folder it lies in
+    if root.name == archive:  # the user named the folder of the archive itself instead of the one above it
         root = root.parent
-    if config.download or os.path.isdir(root / archive):  # Path.is_dir raises where the folder may not be read
+    if config.download or os.path.isdir(root / archive):  # Path.is_dir raises if the folder may not be read
         return _from_pickles(name, root, config.download)
     if os.path.isdir(root / "train"):
         return _from_folders(name, root)
@@ -74,7 +74,7 @@ def read(config: DataConfig) -> Source:
 
 
 def superclasses(classes: list[str]) -> list[list[int]]:
-    """Return the 20 groups of CIFAR-100 as class numbers, by name, in the order of the coarse labels."""
+    """Return the class numbers of the 20 superclasses of CIFAR-100, in the order of the coarse labels."""
     return [[classes.index(name) for name in group] for group in CIFAR100_SUPERCLASSES.values()]
 
 
@@ -116,7 +116,7 @@ def _make_source(name: str, classes: list[str], train: Split, test: Split) -> So
 
 
 def _make_split(dataset: Any) -> Split:
-    """Return a torchvision CIFAR's images (N, 32, 32, 3) uint8 and labels."""
+    """Return the images, (N, 32, 32, 3) uint8, and the labels of one of torchvision's CIFAR data sets."""
     images = ArrayImages(torch.from_numpy(np.ascontiguousarray(dataset.data)))
     return Split(images, torch.tensor(dataset.targets, dtype=torch.int64))
 

@@ -1,4 +1,4 @@
-"""Clothing1M (Xiao et al. 2015): a million images with the labels of the shops they are from, and a few verified ones."""
+"""Clothing1M (Xiao et al. 2015): a million images labelled by the shops that they come from, and a few with verified labels."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ FOLDER = "images"
 
 
 def read(config: DataConfig) -> Source:
-    """Read Clothing1M from ``config.data_root``: annotations in it or in ``annotations/``, paths with or without ``images/``.
+    """Read Clothing1M from ``config.data_root``: annotations in it or in ``annotations/``; paths begin with ``images/`` or not.
 
     The training images are those of ``noisy_train_key_list.txt`` and, in the variant clean-and-noisy, after them those of
-    ``clean_train_key_list.txt`` with their verified labels; an image in both is taken once, with the verified label. The
-    meta-set is ``clean_val``, all of it (method.md), and the test images are ``clean_test``.
+    ``clean_train_key_list.txt`` with their verified labels; an image that is in both is taken once, with the verified
+    label. The meta-set is all of ``clean_val`` (method.md), and the test images are ``clean_test``.
 
     Raises:
-        UserError: an annotation is missing or cannot be read, a key has no label, or the images are nowhere in the root.
+        UserError: an annotation is missing or cannot be read, a key has no label, or the images cannot be found.
     """
     root = find_root(config, "category_names_eng.txt, the lists of labels and keys, and images/")
     classes = read_class_names(find_file(root, "category_names_eng.txt"))
@@ -58,7 +58,7 @@ def _read_labels(root: Path, name: str) -> Listed:
 
 
 def _read_listed(root: Path, name: str, known: Listed, source: str) -> Listed:
-    """Return the keys of the list ``name`` and their labels among the ``known``."""
+    """Return the keys of the list ``name`` with their labels, which are looked up in ``known``."""
     file = find_file(root, name)
     keys = read_keys(file).remove_prefix(f"{FOLDER}/")
     rows: Ints = known.paths.find(keys)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: the embedded default, which needs no download."""
+"""scikit-learn's handwritten digits: the default data set, which is part of scikit-learn and needs no download."""
 
 import numpy as np
 import torch
@@ -8,15 +8,15 @@ from fastadvisor.datasets.images import ArrayImages
 from fastadvisor.datasets.types import Source, Split
 
 TRAINING_POOL = 1300
-"""Images that are not the test set: 1,200 to train on and 10 clean ones a class (method.md, "What was seen")."""
+"""Images that are not test images: 1,200 to train on and 10 meta images of each class (method.md, "What was seen")."""
 
 
 def read(config: DataConfig) -> Source:
-    """Return the 1,797 digits as (N, 8, 8, 3) uint8: 1,300 to train on, 497 to test, split the same way always."""
+    """Return the 1,797 digits as (N, 8, 8, 3) uint8: 1,300 to train on and 497 to test on, always the same ones."""
     from sklearn.datasets import load_digits  # takes a second to import, and only this reader needs it
 
     bunch = load_digits()
-    # The scans hold 0..16; the last step would overflow a byte.
+    # The scans hold values from 0 to 16, and 16 * 16 would overflow a byte.
     gray = np.minimum(bunch.images * 16, 255).astype(np.uint8)
     images = torch.from_numpy(np.repeat(gray[..., None], 3, axis=3))
     labels = torch.from_numpy(bunch.target.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Food-101N (Lee et al. 2018): images found for the classes of Food-101, some of whose labels have been verified."""
+"""Food-101N (Lee et al. 2018): images from the web for the classes of Food-101; some of their labels have been verified."""
 
 import warnings
 from pathlib import Path
@@ -21,9 +21,10 @@ CLEAN_TEST = "food-101"
 def read(config: DataConfig) -> Source:
     """Read Food-101N from ``config.data_root``.
 
-    The meta-set is what ``meta/verified_train.tsv`` calls right, all of it, taken out of the training images. The test images
-    are Food-101's, from ``food-101/`` in the root or beside it; without that, what ``meta/verified_val.tsv`` calls right,
-    taken out of the training images too, with a warning.
+    The meta-set consists of all images whose label ``meta/verified_train.tsv`` calls right; they are taken out of the training
+    images. The test images are those of Food-101, from ``food-101/`` in the root or beside it. If there is no such folder, the
+    images that ``meta/verified_val.tsv`` calls right are taken out of the training images as well and tested on; a warning
+    says so.
 
     Raises:
         UserError: a list is missing or cannot be read, or names a class that is not in ``meta/classes.txt``.
@@ -67,7 +68,7 @@ def _find_list(root: Path, name: str) -> Path:
 
 
 def _read_verified(path: Path) -> list[str]:
-    """Return the keys that a list of ``class/key`` and 0 or 1, under a header, calls right."""
+    """Return the keys whose label a list calls right; its rows, after a header, are ``class/key``, a tab, and 0 or 1."""
     keys = []
     for number, line in enumerate(read_names(path)[1:], start=2):
         key, tab, verdict = line.partition("\t")
@@ -79,7 +80,7 @@ def _read_verified(path: Path) -> list[str]:
 
 
 def _make_split(root: Path, part: str, file: str, keys: list[str], classes: list[str]) -> Split:
-    """Return the images of ``keys``, what is left of the list ``file`` in ``root``."""
+    """Return the images of ``keys``, those entries of the list ``file`` in ``root`` that are used for this part."""
     if not keys:
         raise UserError(f"{root / file} leaves no images to use: fetch the data set again.")
     numbers = {name: number for number, name in enumerate(classes)}

@@ -1,6 +1,6 @@
-"""Folders of images: ROOT/train/<class>/*, ROOT/test/<class>/* (or val/) and, where there is one, ROOT/meta/<class>/*.
+"""Folders of images: ROOT/train/<class>/*, ROOT/test/<class>/* (or val/) and, optionally, ROOT/meta/<class>/*.
 
-Within a class, images lie in its folder or in folders beneath, as in torchvision's ImageFolder, and come in its order.
+The images of a class are in its folder or in folders below it, in the same order as in torchvision's ImageFolder.
 """
 
 import os
@@ -19,29 +19,29 @@ from fastadvisor.datasets.types import Source, Split
 from fastadvisor.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, as every torchvision model expects them."""
+"""Mean and standard deviation of ImageNet, which every torchvision model expects."""
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".tif", ".tiff"}
 )
-"""What counts as an image; other files are passed over, and counted."""
+"""Extensions of files that are taken for images; other files are passed over and counted."""
 
 OTHER_IMAGES = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"})
-"""Of the files that are passed over those that hold images all the same."""
+"""Extensions of files that hold images in formats that are not read here."""
 
 
 @dataclass
 class PassedOver:
-    """Files of a data set that are not used, by folder and kind."""
+    """Counts of the files of a data set that are not used, by folder and kind."""
 
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
 
     def count(self, folder: Path, kind: str) -> None:
-        """Count a file of ``folder``, a part's."""
+        """Count a file that is passed over in ``folder``, the folder of a part such as train."""
         self.kinds.setdefault(str(folder), Counter())[kind] += 1
 
     def notes(self) -> tuple[str, ...]:
-        """Return one sentence about all of them; none if there are none."""
+        """Return one sentence about all of them; an empty tuple if there are none."""
         total = sum(counts.total() for counts in self.kinds.values())
         if not total:
             return ()
@@ -54,22 +54,22 @@ class PassedOver:
 
 @dataclass
 class Folders:
-    """What lies under a root; class numbers are the sorted folder names of train."""
+    """The contents of a root; classes are numbered by the sorted names of the folders in train/."""
 
     classes: list[str]
     train: Split
     test: Split
     meta: Split | None
     val: Split | None
-    """Where there is a folder val/ beside test/."""
+    """The images of val/, if there is a folder test/ as well; otherwise val/ is the test set."""
     passed_over: PassedOver
 
 
 def read(config: DataConfig) -> Source:
-    """Read the names of the files under ``config.data_root``, in class order and by name within a class.
+    """List the files under ``config.data_root``, in the order of the classes, and by name within a class.
 
     Raises:
-        UserError: a folder or class missing or empty, or a folder that cannot be read.
+        UserError: a folder or class is missing or empty, or a folder cannot be read.
     """
     if config.data_root is None:
         raise UserError("imagefolder needs --data-root DIR, a folder with train/<class>/ and test/<class>/ in it.")
@@ -91,11 +91,11 @@ def read(config: DataConfig) -> Source:
 
 
 def list_folders(root: Path) -> Folders:
-    """List the image files under ``root``; what is passed over (hidden, no image, a dangling link, ...) is counted.
+    """List the image files under ``root``; other files (hidden ones, other formats, dangling links, ...) are counted.
 
     Raises:
-        UserError: train or test missing, a class of one that another lacks, a class folder without images, or one that
-            cannot be read.
+        UserError: train or test is missing, a class is not in every part, or a class folder holds no images or cannot be
+            read.
     """
     try:
         return _list_folders(root)
@@ -138,11 +138,12 @@ def _list_split(folder: Path, classes: list[str], passed_over: PassedOver) -> Sp
 
 
 def image_files(folder: Path, part: Path, passed_over: PassedOver) -> list[str]:
-    """Return the image files in ``folder`` and beneath it, relative to it: each folder's own sorted by name, folders in the
-    order of their paths, as torchvision's ImageFolder has them. What is passed over is counted as of ``part``.
+    """Return the paths of the image files in and below ``folder``, relative to it, in the order of torchvision's ImageFolder.
+
+    That order is by the path of the folder, and by name within a folder. Files that are passed over are counted for ``part``.
     """
     files: list[tuple[str, str]] = []
-    status = os.stat(part)  # a link back to the part would make all its classes this one
+    status = os.stat(part)  # a link back to the folder of the part would put the images of all classes into this one
     above = frozenset({(status.st_dev, status.st_ino)} if folder != part else ())
     for beneath, entry in _walk(folder, "", above, part, passed_over):
         kind = _find_reason_to_pass_over(entry)
@@ -156,14 +157,14 @@ def image_files(folder: Path, part: Path, passed_over: PassedOver) -> list[str]:
 def _walk(
     folder: Path, beneath: str, above: frozenset[tuple[int, int]], part: Path, passed_over: PassedOver
 ) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """Yield the files under ``folder / beneath`` with the folder each is in, links followed but not in circles.
+    """Yield the files in and below ``folder / beneath``, each with its folder; links are followed, but never in a circle.
 
     Args:
-        folder: where it began.
-        beneath: the folder under it.
-        above: device and inode of the folders that it is in.
-        part: to count what is passed over.
-        passed_over: counts.
+        folder: the folder of the class, where the walk began.
+        beneath: the folder to walk, relative to ``folder``.
+        above: device and inode of every folder that contains it.
+        part: the folder of the part, for which files that are passed over are counted.
+        passed_over: the counts, which are added to.
     """
     here = os.path.join(folder, beneath) if beneath else str(folder)
     status = os.stat(here)
@@ -200,7 +201,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def _find_reason_to_pass_over(entry: "os.DirEntry[str]") -> str | None:
-    """Return as what a file is passed over; None of an image."""
+    """Return the kind under which a file is passed over and counted; None for an image."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if entry.name.startswith("."):
         return "hidden"

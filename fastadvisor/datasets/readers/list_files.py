@@ -1,4 +1,4 @@
-"""Any images in list files: lines of ``path label``, or a CSV with ``path,label[,split]`` (formats.md)."""
+"""Images named in list files: lines of ``path label``, or a CSV with ``path,label[,split]`` (formats.md)."""
 
 import os
 import re
@@ -26,7 +26,7 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
     "test": ("test.txt", "test.csv"),
     "val": ("val.txt", "val.csv"),
 }
-"""Where in the root each list is looked for."""
+"""The names under which the list of each part is looked for in the root."""
 
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?")
 HOW = "lines of 'path label', or a CSV with path,label[,split]"
@@ -36,20 +36,21 @@ class _Part(NamedTuple):
     file: Path
     paths: PathTable
     labels: Ints
-    """Indices into ``names``."""
+    """(N,) int64, indices into ``names``."""
     names: list[str]
-    """The different labels, as they are written."""
+    """The distinct labels, as they are written."""
 
 
 def read(config: DataConfig) -> Source:
-    """Read the lists of ``config``; paths in them are relative to ``config.data_root``, without one to the list's folder, or to
-    the folder of their own part in it.
+    """Read the lists that ``config`` names.
 
-    Classes are numbers, named by the lines of ROOT/classes.txt if there is one, or, in a CSV, names, in alphabetical order.
-    Where there are both test and val images, val is for choosing the best checkpoint.
+    Paths in a list are relative to the root, or to the folder of their part in it. The root is ``config.data_root`` or, without
+    that, the folder of the training list. Labels are class numbers, which the lines of ROOT/classes.txt name if there is such a
+    file, or, in a CSV, names of classes, which are numbered in alphabetical order. If there are both test and val images, the
+    best checkpoint is chosen by val.
 
     Raises:
-        UserError: a list is missing or cannot be read, there are no test images, or labels are numbers here and names there.
+        UserError: a list is missing or cannot be read, there are no test images, or some lists use numbers and others names.
     """
     if config.data_root is None and config.train_list is None:
         raise UserError(f"list needs --train-list FILE, {HOW}, or --data-root DIR with a train.txt or train.csv in it.")
@@ -75,7 +76,7 @@ def read(config: DataConfig) -> Source:
         )
     classes, numbers, notes = _number_classes(root, parts)
     images = {"train": find_images(root, parts["train"].paths, "train", parts["train"].file)}
-    for name in parts.keys() - {"train"}:  # trusted images may be training images, written as these are
+    for name in parts.keys() - {"train"}:  # meta images may be training images, with the same paths
         last = [images["train"].root] if name == "meta" else []
         images[name] = find_images(root, parts[name].paths, folders[name], parts[name].file, last=last)
     splits = {name: Split(images[name], torch.from_numpy(numbers[name])) for name in parts}
@@ -86,11 +87,12 @@ def read(config: DataConfig) -> Source:
 
 
 def add_meta_list(source: Source, config: DataConfig) -> Source:
-    """Return ``source`` with the images of ``config.meta_list`` as its meta-set; paths are relative to the data set's root, to
-    meta/ in it, or to the folder of the training images.
+    """Return ``source`` with the images of ``config.meta_list`` as its meta-set.
+
+    Paths in the list are relative to the root of the data set, to meta/ in it, or to the folder of the training images.
 
     Raises:
-        UserError: it cannot be read, or names a class that is not the data set's.
+        UserError: the list cannot be read, or names a class that the data set does not have.
     """
     root = Path(config.data_root or ".")
     file = _find_list(root, "meta", config.meta_list)
@@ -104,7 +106,7 @@ def add_meta_list(source: Source, config: DataConfig) -> Source:
 
 
 def _find_list(root: Path, part: str, named: str | None) -> Path | None:
-    """Return the list of ``part``: the one that is named, from here or from the root, or one by its usual name."""
+    """Return the list of ``part``: the named one, below the working directory or the root, or one of its usual name."""
     if named is not None:
         found = [path for path in dict.fromkeys((Path(named), root / named)) if path.is_file()]
         if len(found) > 1 and not found[0].samefile(found[1]):
@@ -119,7 +121,7 @@ def _find_list(root: Path, part: str, named: str | None) -> Path | None:
 
 
 def _read_parts(file: Path, wanted: str) -> dict[str, _Part]:
-    """Return the parts that a column split in ``file`` tells apart, ``wanted`` among them; without one, all as ``wanted``."""
+    """Return the parts that the column split of ``file`` names; without that column, one part, ``wanted``, of all rows."""
     if file.suffix.lower() != ".csv":
         paths, labels = read_list(file)
         numbers, indices = np.unique(labels, return_inverse=True)
@@ -141,11 +143,11 @@ def _read_parts(file: Path, wanted: str) -> dict[str, _Part]:
 
 
 def _number_classes(root: Path, parts: dict[str, _Part]) -> tuple[list[str], dict[str, Ints], tuple[str, ...]]:
-    """Return the classes, the class of each image by part, and what the user is to be told."""
+    """Return the names of the classes, the class number of each image by part, and what to tell the user."""
     given = read_class_names(root / "classes.txt") if (root / "classes.txt").is_file() else []
     for part in parts.values():
         others = [name for name in part.names if not _is_number(name)]
-        # As names, -1 and 1.0 would train without a word.
+        # Taken as names of classes, -1 and 1.0 would be trained on without any message.
         if others and all(NUMBER.fullmatch(name) for name in part.names) and not set(part.names) <= set(given):
             raise UserError(f"{part.file} has the label {others[0]!r}, and class numbers are 0, 1, 2, ...: correct it.")
     names = sorted({name for part in parts.values() for name in part.names})

@@ -1,4 +1,4 @@
-"""What the readers of data sets in lists share: text lists of a million lines, CSV, and where the files lie."""
+"""Parsers of list files, which several readers share: text lists of millions of lines, CSV, and names of classes."""
 
 import csv
 import os
@@ -19,43 +19,43 @@ MOST_DIGITS = 9
 PARTS = {"train": "train", "training": "train", "meta": "meta", "test": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "val"
 )
-"""What the column split of a CSV may hold."""
+"""The words that the column split of a CSV may hold, and the part that each of them means."""
 
 
 class Listed(NamedTuple):
-    """Paths and labels of a list, (N,) each."""
+    """Paths and class numbers of a list, (N,) each."""
 
     paths: PathTable
     labels: Ints
 
 
 class Table(NamedTuple):
-    """A CSV of paths, labels and, if it has that column, splits; (N,) each."""
+    """The columns of a CSV: paths, labels and, if there is such a column, splits; (N,) each."""
 
     paths: PathTable
     labels: Ints
-    """Indices into ``names``."""
+    """int64, indices into ``names``."""
     names: list[str]
-    """The different labels, as they are written."""
+    """The distinct labels, as they are written."""
     splits: NDArray[np.int8]
-    """Indices into ``parts``; zeros without that column."""
+    """Indices into ``parts``; zeros if there is no such column."""
     parts: list[str]
-    """The different splits among train, meta, test and val; empty without that column."""
+    """The parts that occur, of train, meta, test and val; empty if there is no such column."""
 
 
 def read_list(path: Path) -> Listed:
-    """Read lines of ``relative/path label``, a million in about a second.
+    """Read lines of ``relative/path label``, a million of them in about a second.
 
-    The label is what follows the last blank, so paths may hold blanks. Windows line ends, a byte-order mark, tabs, blank
-    lines and, in a list without a slash, Windows separators are taken as they come; names are the file system's bytes.
+    The label is what follows the last blank, so paths may contain blanks. Windows line ends, a byte-order mark, tabs, blank
+    lines and, in a list without any slash, backslashes as separators are accepted. Paths are kept as the bytes of the file.
 
     Raises:
-        UserError: no such file, an empty one, one that is not text, or a line without a path or an integer label.
+        UserError: the file is missing, empty or not text, or a line lacks a path or a class number.
     """
     buffer, start, stop, line = _read_lines(path)
     digits, labels = stop.copy(), np.zeros(len(stop), dtype=np.int64)
     for place in range(MOST_DIGITS):
-        digit = buffer[np.maximum(digits - 1, 0)] - np.uint8(ZERO)  # wraps around for what is under "0"
+        digit = buffer[np.maximum(digits - 1, 0)] - np.uint8(ZERO)  # characters below "0" wrap around to large numbers
         more = (digits > start) & (digit < 10)
         if not more.any():
             break
@@ -74,13 +74,13 @@ def read_list(path: Path) -> Listed:
 
 
 def read_keys(path: Path) -> PathTable:
-    """Read a path a line; otherwise as :func:`read_list`."""
+    """Read one path from each line; everything else is as in :func:`read_list`."""
     buffer, start, stop, _ = _read_lines(path)
     return PathTable(buffer, start, stop)
 
 
 def _read_lines(path: Path) -> tuple[Bytes, Ints, Ints, Ints]:
-    """Return the bytes of a text, where each line that is not blank starts and stops, and its number."""
+    """Return the bytes of a text, and for each line that is not blank its start, its stop, and its number from 1."""
     try:
         buffer = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
@@ -107,7 +107,7 @@ def _read_lines(path: Path) -> tuple[Bytes, Ints, Ints, Ints]:
 
 
 def _strip_blanks(buffer: Bytes, start: Ints, stop: Ints) -> Ints:
-    """Return ``stop`` with blanks cut off."""
+    """Return ``stop`` moved back over the blanks at the end of each line."""
     while True:
         blank = (stop > start) & _is_blank(buffer[np.maximum(stop - 1, 0)])
         if not blank.any():
@@ -120,10 +120,10 @@ def _is_blank(characters: Bytes) -> NDArray[np.bool_]:
 
 
 def read_csv(path: Path) -> Table:
-    """Read a CSV with the columns ``path``, ``label`` and, if it has one, ``split``; others are passed over.
+    """Read a CSV with the columns ``path``, ``label`` and, if there is one, ``split``; other columns are ignored.
 
     Raises:
-        UserError: no such file, no such columns, a row without them, an unknown split, or no rows.
+        UserError: the file cannot be read or is empty, a column is missing, or a row lacks a cell or has an unknown split.
     """
     labels, splits = array("q"), array("b")
     names: dict[str, int] = {}
@@ -166,16 +166,16 @@ def read_names(path: Path) -> list[str]:
     """Return the lines of a text file that are not blank.
 
     Raises:
-        UserError: it cannot be read as text.
+        UserError: the file cannot be read as text.
     """
     return [name for _, name in _read_numbered_lines(path)]
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Return the names of the classes, a line each, in the order of their numbers.
+    """Return the names of the classes, in the order of their numbers; the file holds one on each line.
 
     Raises:
-        UserError: it cannot be read as text, or two classes have one name.
+        UserError: the file cannot be read as text, or two classes have the same name.
     """
     lines: dict[str, int] = {}
     for number, name in _read_numbered_lines(path):
@@ -194,10 +194,10 @@ def _read_numbered_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def count_classes(parts: Iterable[Ints], names: Sequence[str] = ()) -> int:
-    """Return how many classes there are, by name or, without names, by the highest label.
+    """Return the number of classes: the number of ``names`` or, without names, the highest label plus 1.
 
     Raises:
-        UserError: the highest label cannot be a class number, as there are not that many images.
+        UserError: the highest label is too high for a class number, as there are not that many images.
     """
     if names:
         return len(names)

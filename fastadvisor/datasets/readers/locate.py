@@ -1,4 +1,4 @@
-"""Where the files of a data set lie: its root, its lists, and the folder that the paths of a list are relative to."""
+"""Find the files of a data set: its root, its lists, and the folder that the paths in a list are relative to."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from fastadvisor.datasets.paths import PathTable
 from fastadvisor.errors import UserError
 
 PROBED = 5
-"""Files, spread over a list, that are looked for to find the folder that its paths are relative to."""
+"""Number of files, spread over a list, that are looked for to find the folder that its paths are relative to."""
 
 FOLDERS = {
     "train": ("train", "training"),
@@ -20,11 +20,15 @@ FOLDERS = {
     "val": ("val", "valid", "validation"),
     "meta": ("meta",),
 }
-"""What the folder of a part is called."""
+"""The names that the folder of each part may have."""
 
 
 def find_root(config: DataConfig, holds: str) -> Path:
-    """Return ``config.data_root``; a UserError that says it should hold ``holds`` where there is none."""
+    """Return ``config.data_root``.
+
+    Raises:
+        UserError: it is not given or is not a folder; the message says that it should hold ``holds``.
+    """
     if config.data_root is None:
         raise UserError(f"{config.dataset} needs --data-root DIR, the folder that holds {holds}.")
     root = Path(config.data_root)
@@ -34,10 +38,10 @@ def find_root(config: DataConfig, holds: str) -> Path:
 
 
 def find_file(root: Path, *names: str) -> Path:
-    """Return the first of ``names`` that is a file in ``root`` or in a folder right beneath it.
+    """Return the path of the first of ``names`` that is a file in ``root`` or in a folder directly below it.
 
     Raises:
-        UserError: none is.
+        UserError: none of them is.
     """
     folders = [root, *_list_folders(root)]
     for name in names:
@@ -57,25 +61,25 @@ def find_images(
     last: Sequence[Path] = (),
     anywhere: bool = False,
 ) -> FileImages:
-    """Return the images of ``paths``, which are relative to ``root``, or to the folder of their own part in it.
+    """Return the images of ``paths``, which are relative to ``root`` or to the folder of their own part in it.
 
-    Five of them are looked for; nothing is opened. The folder of another part is never looked in: images of one name may lie
-    in all of them.
+    Up to five of the files are looked for; none is opened. The folders of other parts are never searched, as each of them may
+    hold images of the same names.
 
     Args:
-        root: of the data set.
-        paths: (N,)
+        root: the folder of the data set.
+        paths: N relative paths.
         part: train, meta, test or val.
-        listed: what to call the list in messages.
-        folders: further places that the data set's layout has for this part, in ``root`` or elsewhere.
-        last: where they may lie if they are in none of these.
-        anywhere: whether the images may lie in any other folder right beneath ``root``, too.
+        listed: the list that the paths are from, for messages.
+        folders: further folders that the layout of the data set has for this part, in ``root`` or elsewhere.
+        last: folders to search if the images are in none of the others.
+        anywhere: whether the images may also be in any other folder directly below ``root``.
 
     Raises:
-        UserError: none of the five is in any place, or some in two places.
+        UserError: none of the files that are looked for exists, or they exist in two folders.
     """
     own = [name for name in FOLDERS[part] if (root / name).is_dir()]
-    if part == "test" and not own:  # the only images to test on are called so
+    if part == "test" and not own:  # a data set without test/ is tested on val/
         own = [name for name in FOLDERS["val"] if (root / name).is_dir()]
     tried = [root, *(root / name for name in own), *(root / name for name in folders if (root / name).is_dir())]
     others = {name for names in FOLDERS.values() for name in names}
@@ -101,7 +105,7 @@ def find_images(
 
 
 def _find_holding(paths: Sequence[str], folders: Iterable[Path]) -> list[Path]:
-    """Return those of ``folders`` that one of ``paths`` is in; of several ways to the same file one."""
+    """Return the folders that hold any of ``paths``; of several folders that lead to the same file, only the first."""
     found: list[Path] = []
     for folder in dict.fromkeys(folders):
         there = next((path for path in paths if os.path.exists(os.path.join(folder, path))), None)

@@ -1,4 +1,4 @@
-"""ImageNet-LT and Places-LT: the published lists, wherever they lie in the root; meta-images drawn from the val list."""
+"""ImageNet-LT and Places-LT: the published lists, in the root or directly below; the meta-set is drawn from the val list."""
 
 from itertools import takewhile
 
@@ -19,7 +19,7 @@ def read(config: DataConfig) -> Source:
     """Read ``config.dataset`` (imagenet-lt or places-lt) from ``config.data_root`` (Liu et al. 2019).
 
     Raises:
-        UserError: a list is missing or cannot be read, or its images are nowhere beneath the root.
+        UserError: a list is missing or cannot be read, or its images cannot be found.
     """
     lists = LISTS[config.dataset]
     root = find_root(config, f"{lists}_train.txt, {lists}_val.txt, {lists}_test.txt and the images")
@@ -43,13 +43,13 @@ def read(config: DataConfig) -> Source:
 
 
 def _name_classes(train: Listed, count: int) -> list[str]:
-    """Name each class by the folders of its first image, less what all have in common; by its number where that fails."""
+    """Name each class by the folders of its first image without those that all share, or by its number if that fails."""
     folders: list[list[str]] = [[] for _ in range(count)]
     labels, rows = np.unique(train.labels, return_index=True)
     for label, row in zip(labels.tolist(), rows.tolist(), strict=True):
         folders[label] = train.paths[row].split("/")[:-1]
     levels = zip(*(parts for parts in folders if parts), strict=False)
     common = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
-    # Places sorts its classes into folders by their first letter.
+    # Places sorts its classes into folders by their first letter, which is not part of the name.
     names = ["/".join(part for part in parts[common:] if len(part) > 1) for parts in folders]
     return [name if name and names.count(name) == 1 else str(number) for number, name in enumerate(names)]

@@ -1,4 +1,4 @@
-"""WebDataset: images and labels in tar shards, read where they lie; nothing is unpacked."""
+"""WebDataset: images and labels in tar shards, which are read in place; nothing is unpacked."""
 
 import hashlib
 import json
@@ -26,39 +26,39 @@ from fastadvisor.runtime.environment import cache_folder
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 VERSION = "3"
-"""Of what an index holds and how it is found; part of the cache's key."""
+"""Version of the format of an index and of how it is made; part of its name in the cache."""
 MOST = 2**31
 METADATA = re.compile(r"__[^/]*__($|/)")
-"""Members that describe a shard and belong to no sample."""
+"""Names of members that describe a shard and belong to no sample."""
 FIRST_DOT = "a key ends at the first dot of a name, so samples of their own need names without further dots."
 THREADS = 8
-"""Shards whose headers are read at a time: on a network file system each header is a round trip."""
+"""Shards whose headers are read at a time: on a network file system every header takes a round trip."""
 
 
 class Index(NamedTuple):
-    """The samples of a shard, (n,) each."""
+    """The n samples of a shard; (n,) int64 each unless noted."""
 
     offset: Ints
     size: Ints
     labels: Ints
     names: Bytes
-    """All names in one buffer."""
+    """All names in one buffer of uint8."""
     ends: Ints
-    """Where each name ends in it."""
+    """The offset at which each name ends in it."""
 
 
 def read(config: DataConfig) -> Source:
     """Read the shards beneath ``config.data_root``: ``train-000.tar`` or ``train/000.tar``, likewise test, val and meta.
 
-    A sample is the members of one key, which ends at the first dot of a name, as in the webdataset library: an image, and the
-    label in ``.cls`` (a number) or ``.json`` (its key ``label``). What follows the first dot is the extension; the image is
-    the member with an extension such as ``jpg``, or else the only one with one such as ``v2.jpg``. Class names are the lines
-    of ``classes.txt`` in the root, if there is one. Only headers and labels are read, and their places kept in the user's
-    cache folder for the next time.
+    A sample consists of all members with the same key: an image, and a label in ``.cls`` (a number) or ``.json`` (its key
+    ``label``). As in the webdataset library, the key of a member is its name up to the first dot, and what follows is the
+    extension. The image is the member with an extension such as ``jpg`` or, without one, the only member with an extension such
+    as ``v2.jpg``. The names of the classes are the lines of ``classes.txt`` in the root, if there is such a file. Only headers
+    and labels are read; an index of them is kept in the user's cache folder.
 
     Raises:
-        UserError: no shards of a part, one that is compressed or cut short, a sample without an image or label or with
-            several, or a key that comes twice.
+        UserError: a part has no shards, a shard is compressed or cut short, a sample lacks an image or a label or has several,
+            or a key occurs twice.
     """
     root = find_root(config, "tar shards, as train-000.tar and test-000.tar")
     shards = {part: _find_shards(root, words) for part, words in FOLDERS.items()}
@@ -93,7 +93,7 @@ def read(config: DataConfig) -> Source:
 
 
 def _find_shards(root: Path, words: tuple[str, ...]) -> list[Path]:
-    """Return the shards of the first of ``words`` that has any."""
+    """Return the shards of a part, which the first of ``words`` that any shard or folder is named by marks."""
     for word in words:
         beside = [path for path in _list_visible(root) if word in re.split(r"[^a-z]+", path.name.lower())]
         files = [path for path in beside if path.is_file()]
@@ -109,7 +109,7 @@ def _find_shards(root: Path, words: tuple[str, ...]) -> list[Path]:
 
 
 def _list_visible(folder: Path) -> list[Path]:
-    """Return what is in ``folder`` and not hidden, as the files that macOS leaves are."""
+    """Return the files and folders in ``folder`` that are not hidden; macOS leaves hidden files in archives."""
     try:
         return [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
@@ -148,7 +148,7 @@ def _load_index(shard: Path) -> Index:
     try:
         with np.load(kept, allow_pickle=False) as file:
             return Index(*(file[field] for field in Index._fields))
-    except Exception:  # not there, or damaged: numpy raises OSError, ValueError, KeyError, BadZipFile and more
+    except Exception:  # missing or damaged: numpy raises OSError, ValueError, KeyError, BadZipFile and more
         index = _scan(shard)
     partial = kept.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -156,7 +156,7 @@ def _load_index(shard: Path) -> Index:
         with open(partial, "wb") as stream:
             np.savez(stream, **index._asdict())
         os.replace(partial, kept)
-    except OSError:  # a cache is a convenience
+    except OSError:  # the cache only saves time: a run goes on without it
         pass
     return index
 
@@ -192,7 +192,7 @@ def _scan(shard: Path) -> Index:
                 if label is not None:
                     sample.labels[extension] = label
             end = tar.offset
-        with open(shard, "rb") as file:  # tarfile takes a file that is cut short, or damaged further on, for its end
+        with open(shard, "rb") as file:  # tarfile reads a truncated or damaged header as the end of the archive
             file.seek(end)
             whole = file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
     except (tarfile.TarError, OSError) as error:
@@ -214,10 +214,10 @@ def _scan(shard: Path) -> Index:
 
 
 def _find_image_and_label(shard: Path, key: str, sample: _Sample) -> tuple[tuple[int, int], int]:
-    """Return where the image of a sample lies, and its label.
+    """Return the offset and size of the image of a sample, and its label.
 
     Raises:
-        UserError: it has none of one of them, or several that may be meant.
+        UserError: the image or the label is missing, or several may be meant.
     """
     if not (sample.images and sample.labels):
         raise UserError(f"{shard}: the sample {key} lacks an image, or a label in .cls or .json: write the shard again.")
@@ -232,8 +232,9 @@ def _find_image_and_label(shard: Path, key: str, sample: _Sample) -> tuple[tuple
 
 
 def _choose_member(shard: Path, key: str, members: Mapping[str, object], what: str) -> str:
-    """Return the extension of the image, or the label, of a sample: the one without a further dot, as .jpg where there is
-    .mask.png beside it, else the only one.
+    """Return the extension of the member that is the image, or the label, of a sample.
+
+    It is the extension without a further dot, such as .jpg beside .mask.png; if there is none, the only one.
     """
     plain = [extension for extension in members if "." not in extension]
     if "cls" in plain:
@@ -246,14 +247,14 @@ def _choose_member(shard: Path, key: str, members: Mapping[str, object], what: s
 
 
 def _split_member_name(name: str) -> tuple[str | None, str]:
-    """Split at the first dot of the last part, as WebDataset does; a hidden file, as macOS leaves them, is of no sample."""
+    """Split a name at the first dot of its last part, as WebDataset does; the key of a hidden file is None."""
     folder, slash, file = name.rpartition("/")
     stem, _, extension = file.partition(".")
     return folder + slash + stem if stem else None, extension.lower()
 
 
 def _parse_label(content: bytes, extension: str, shard: Path, member: str) -> int | None:
-    """Return the class number in a member; None where a .json holds other things than a label."""
+    """Return the class number that a member holds; None for a .json without a label."""
     try:
         value = content
         if extension == "json":

@@ -1,4 +1,4 @@
-"""WebVision 1.0 (Li et al. 2017): the images that Google found for ImageNet's classes, and the part that papers call mini."""
+"""WebVision 1.0 (Li et al. 2017): images that Google found for the classes of ImageNet, and the subset called mini."""
 
 from pathlib import Path
 
@@ -15,17 +15,17 @@ from fastadvisor.errors import UserError
 SIDE = 224
 TRAIN, VAL = "train_filelist_google.txt", "val_filelist.txt"
 MINI = 50
-"""Classes of the variant mini, the first ones."""
+"""The variant mini consists of the first so many classes."""
 
 
 def read(config: DataConfig) -> Source:
-    """Read WebVision from ``config.data_root``; the test images are the validation list's.
+    """Read WebVision from ``config.data_root``; the test images are those of the validation list.
 
     It brings no meta-set: one is held out of the training images, whose labels are noisy, unless ``config.meta_list`` names
     clean ones.
 
     Raises:
-        UserError: a list is missing or cannot be read, or its images are nowhere in the root.
+        UserError: a list is missing or cannot be read, or its images cannot be found.
     """
     root = find_root(config, "info/train_filelist_google.txt, info/val_filelist.txt and the images")
     train, test = (read_list(find_file(root, name)) for name in (TRAIN, VAL))
@@ -54,7 +54,7 @@ def _keep_first_classes(part: Listed, count: int) -> Listed:
 
 
 def _read_class_names(synsets: Path) -> list[str]:
-    """Return of lines like ``n01440764 tench, Tinca tinca`` the first word for it, with the synset where it is not unique."""
+    """Return the first name in each line such as ``n01440764 tench, Tinca tinca``, with the synset if it is not unique."""
     lines = [line.partition(" ") for line in read_names(synsets)]
     words = [rest.partition(",")[0].strip() or synset for synset, _, rest in lines]
     return [word if words.count(word) == 1 else f"{word} ({synset})" for word, (synset, _, _) in zip(words, lines, strict=True)]

@@ -1,1 +1,1 @@
-"""The interchangeable ways to make batches: from device memory (resident), or from files (dataloader, dali, synthetic)."""
+"""Interchangeable ways to make batches: from device memory (resident), files (dataloader, dali), or noise (synthetic)."""

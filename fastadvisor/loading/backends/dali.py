@@ -1,11 +1,11 @@
-"""NVIDIA DALI: decode, crop, resize, mirror and normalise on the GPU; on the CPU decode and crop, in its threads.
+"""NVIDIA DALI: it decodes, crops, resizes, mirrors and normalises on the GPU; on the CPU it only decodes and crops, in threads.
 
-Python reads the files, in threads of its own, and hands DALI the encoded bytes with the window to cut out. So the order,
-the crops and the sample ids are those of every other loader, a run resumes by a batch's number, and a bad file is found
-before DALI, which would give up the whole batch, sees it.
+Python reads the files, in threads of its own, and gives DALI the encoded bytes together with the window to crop. The order,
+the crops and the sample ids are therefore the same as with every other loader, a run resumes by the number of a batch, and
+bad files are found before they reach DALI, which would give up the whole batch.
 
-On the CPU DALI's resizing takes ten times as long as torchvision's, twice its decoding (benchmarks.decoding), so there
-torchvision does it, in Python's threads.
+On the CPU, resizing takes DALI ten times as long as torchvision, and twice as long as decoding (benchmarks.decoding). There,
+torchvision resizes the images, in Python's threads.
 """
 
 import threading
@@ -44,15 +44,15 @@ def available() -> bool:
 
 
 class Sample(NamedTuple):
-    """An image as DALI gets it."""
+    """An image as it is given to DALI."""
 
     encoded: Encoded
     box: tuple[float, float, float, float]
-    """(left, top, right, bottom) in pixels."""
+    """The window to crop, (left, top, right, bottom) in source pixels."""
 
 
 class Prepared(NamedTuple):
-    """A batch that has been read."""
+    """A batch whose files have been read."""
 
     spec: Spec
     samples: list[Sample]
@@ -61,26 +61,26 @@ class Prepared(NamedTuple):
 
 
 class DaliBackend:
-    """Batches of one part of a data set; each part has its own pipelines, cycling on their own."""
+    """Makes the batches of one part of a data set, with a pipeline of its own."""
 
     def __init__(self, images: Images, work: Work) -> None:
-        """Take where the images are and what to do with them; nothing runs before the first ``decode``."""
+        """Take the images and what to do with them; nothing runs before the first call of ``decode``."""
         self.images, self.work = images, work
         self._by_pillow: set[int] = set()
-        """Images that DALI has failed on, or may have: Pillow decodes them from then on."""
+        """Rows of images that DALI has failed on, or may have failed on: Pillow decodes them from then on."""
         self._pipeline: Any = None
         self._reader: _Reader | None = None
         self._in_flight: deque[Prepared] = deque()
         self._empty: dict[int, str] = {}
         self._checkpoint: bytes | None = None
-        """Of DALI's random numbers, which only AutoAugment draws, after the last batch that was handed out."""
+        """State of DALI's random numbers, which only AutoAugment draws, after the last batch that was handed out."""
         self._pool: ThreadPoolExecutor | None = None
 
     def decode(self, specs: Iterable[Spec]) -> Iterator[Decoded]:
-        """Return the batches of ``specs``, made ahead of their use.
+        """Yield the batches of ``specs``, which are made before they are needed.
 
         Raises:
-            RuntimeError: DALI fails, and not because of a file.
+            RuntimeError: DALI fails for another reason than a file.
         """
         self.close()
         self._pool = ThreadPoolExecutor(max(2, self.work.threads), thread_name_prefix="fastadvisor-read")
@@ -89,7 +89,7 @@ class DaliBackend:
         ready: deque[tuple[Callable[[], Tensor], Prepared]] = deque()
         more = True
         while more or ready:
-            # One batch is being resized while the one before it is trained on.
+            # On the CPU, one batch is resized while the one before it is trained on.
             while more and len(ready) <= int(self.work.only_decoded):
                 try:
                     ready.append(self._run())
@@ -106,12 +106,12 @@ class DaliBackend:
             raise error
 
     def _make_empty_batch(self) -> Decoded:
-        """Return the bad images of test batches of which nothing could be read."""
+        """Return an empty batch, with the bad images of the test batches of which nothing could be read."""
         size, bad, self._empty = self.work.geometry.size, self._empty, {}
         return Decoded(torch.empty(0, 3, size, size), torch.empty(0, dtype=torch.int64), bad)
 
     def _run(self) -> tuple[Callable[[], Tensor], Prepared]:
-        """Return the next batch, its images as a function that waits for them; StopIteration after the last."""
+        """Return a function that waits for the next images, and their batch; raise StopIteration after the last."""
         while True:
             try:
                 if self.work.device.type == "cuda":
@@ -123,13 +123,13 @@ class DaliBackend:
                     self._checkpoint = self._pipeline.checkpoint()
                 if self.work.only_decoded:
                     return self._resize(outputs[0], done), done
-                # DALI's dynamic executor gives the buffer away with the tensor: no copy, and it is never written again.
+                # The dynamic executor gives its buffer away: nothing is copied, and DALI never writes to it again.
                 return partial(from_dlpack, outputs[0].as_tensor()), done
             except RuntimeError as error:
                 self._recover(error)
 
     def _resize(self, decoded: Any, batch: Prepared) -> Callable[[], Tensor]:
-        """Begin to resize what DALI has decoded; return a function that waits for (B, S, S, 3) uint8."""
+        """Start to resize what DALI has decoded; return a function that waits for the images, (B, S, S, 3) uint8."""
         assert self._pool is not None
         geometry, count = self.work.geometry, len(batch.samples)
         out = np.empty((count, geometry.size, geometry.size, 3), dtype=np.uint8)
@@ -139,7 +139,7 @@ class DaliBackend:
             for place in places.tolist():
                 image = torch.from_numpy(np.asarray(decoded[place])).permute(2, 0, 1)
                 image = resize_to_square(image, geometry.size) if self.work.cropped else resize_for_testing(image, geometry)
-                # By numpy: torch would use threads of its own for a copy of this size.
+                # With numpy, as torch would start threads of its own for a copy of this size.
                 pixels = image.permute(1, 2, 0).numpy()
                 out[place] = pixels[:, ::-1] if mirror[place] else pixels
 
@@ -154,13 +154,17 @@ class DaliBackend:
         return wait
 
     def _choose_mirrored(self, batch: Prepared) -> NDArray[np.int32]:
-        """Return 1 for the images of a batch that are to be mirrored."""
+        """Return (B,) int32: 1 for the images of a batch that are mirrored, 0 for the others."""
         if not (self.work.cropped and self.work.mirror) or batch.spec.draws is None:
             return np.zeros(len(batch.samples), dtype=np.int32)
         return (batch.spec.draws[: len(batch.samples), MIRROR] < 0.5).astype(np.int32)
 
     def _recover(self, error: RuntimeError) -> None:
-        """DALI has given up: have Pillow decode all that was under way, and begin again with the first of it."""
+        """After DALI has failed, have Pillow decode all batches that were under way, and start again with the first of them.
+
+        Raises:
+            RuntimeError: Pillow has decoded all of them already, so no file is the cause.
+        """
         assert self._reader is not None
         under_way = list(self._in_flight)
         suspects = {int(row) for prepared in under_way for row in prepared.ids}
@@ -172,7 +176,7 @@ class DaliBackend:
         self._pipeline = self._build()
 
     def _prepare(self, spec: Spec) -> Prepared:
-        """Read a batch."""
+        """Read the files of a batch."""
 
         def attempt(place: int, row: int) -> Sample:
             data = read_encoded(self.images, row)
@@ -188,20 +192,20 @@ class DaliBackend:
         return Prepared(spec, *make_samples(spec, attempt, self._map_in_threads))
 
     def _map_in_threads(self, function: Callable[[int], Any], places: Iterable[int]) -> list[Any]:
-        """``map`` with a few long tasks: one a sample would cost more than reading it."""
+        """Do what ``map`` does, in a few long tasks: a task for each sample would cost more than reading it."""
         assert self._pool is not None
         parts = np.array_split(np.fromiter(places, dtype=np.int64), max(2, self.work.threads))
         done = self._pool.map(lambda part: [function(place) for place in part.tolist()], parts)
         return [one for part in done for one in part]
 
     def _feed(self) -> tuple[Any, ...]:
-        """Return what DALI asks for; it calls this as often as it has room, and stops at StopIteration."""
+        """Return the next batch as DALI wants it; DALI calls this whenever it has room, and stops at StopIteration."""
         assert self._reader is not None
         prepared = self._reader.get()
         while not prepared.samples:  # DALI takes no empty batch
             self._empty.update(prepared.bad)
             if self.work.training:
-                raise StopIteration  # the next may be no better, without end
+                raise StopIteration  # the batches that follow may be no better, without end
             prepared = self._reader.get()
         self._in_flight.append(prepared)
         box = np.array([sample.box for sample in prepared.samples], dtype=np.float32)
@@ -212,7 +216,7 @@ class DaliBackend:
         return encoded, start.astype(np.int32), (end - start).astype(np.int32), self._choose_mirrored(prepared)
 
     def _build(self) -> Any:
-        # Recorded, not filtered: DALI sets the filter itself while it warns that its AutoAugment uses its old names.
+        # DALI warns that its own AutoAugment uses old names, and sets the filter itself, so the warning is recorded instead.
         with warnings.catch_warnings(record=True):
             pipeline = build_pipeline(self.work, self._feed, self._checkpoint)
             pipeline.build()
@@ -224,13 +228,13 @@ class DaliBackend:
         return {"checkpoint": torch.frombuffer(bytearray(state), dtype=torch.uint8) if state else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the state of DALI's random numbers."""
+        """Restore the state of DALI's random numbers."""
         self.close()
         saved = state["checkpoint"]
         self._checkpoint = None if saved is None else bytes(saved.numpy().tobytes())
 
     def close(self) -> None:
-        """Stop reading and let the pipeline go."""
+        """Stop reading, and free the pipeline."""
         if self._reader is not None:
             self._reader.stop()
         if self._pool is not None:
@@ -241,7 +245,7 @@ class DaliBackend:
 
 @dataclass
 class _Reader:
-    """A thread that prepares batches ahead."""
+    """A thread that reads batches before they are needed."""
 
     prepare: Callable[[Spec], Prepared]
     specs: Iterable[Spec]
@@ -255,7 +259,7 @@ class _Reader:
         self._thread.start()
 
     def get(self) -> Prepared:
-        """Return the next batch; StopIteration after the last, or when the thread has failed."""
+        """Return the next batch; raise StopIteration after the last one, or if the thread has failed."""
         if self._returned:
             return self._returned.popleft()
         while True:
@@ -266,7 +270,7 @@ class _Reader:
                     raise StopIteration from None
                 continue
             if prepared is None:
-                self._queue.put(None)  # for the next who asks
+                self._queue.put(None)  # for the next call
                 raise StopIteration
             return prepared
 
@@ -289,7 +293,7 @@ class _Reader:
         self._put(None)
 
     def _put(self, prepared: Prepared | None) -> bool:
-        """Return False when the reader is to stop."""
+        """Put a batch into the queue; return False if the reader is being stopped."""
         while not self._stopped.is_set():
             try:
                 self._queue.put(prepared, timeout=0.1)

@@ -1,4 +1,4 @@
-"""DALI's part of a batch: what it is asked to do, and the pipeline that does it."""
+"""What DALI does with a batch, and the pipeline that does it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from fastadvisor.datasets.types import Triple
 from fastadvisor.loading.geometry import Geometry
 
 PREFETCH = 3
-"""Batches in DALI at a time, and as many again that are read and wait for it."""
+"""Number of batches that are in DALI at a time; as many again have been read and wait for it."""
 
 POLICIES = {"cifar10": "reduced_cifar10", "imagenet": "image_net"}
-"""DALI's names of the AutoAugment policies."""
+"""The names that DALI gives to the AutoAugment policies."""
 
 TRANSLATION = 150 / 331
-"""Of the image's side, at most, as in AutoAugment's own code (DALI's default would move it out of sight)."""
+"""Largest translation as a fraction of the side, as in AutoAugment's own code (DALI's default moves the image out of sight)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What DALI is to do with a batch."""
+    """What DALI does with a batch."""
 
     geometry: Geometry
     batch_size: int
@@ -30,34 +30,40 @@ class Work:
     mean: Triple
     std: Triple
     training: bool
-    """Else the test transform. With --crop pad that is DALI's part in training, too: the device pads, crops and normalises."""
+    """Whether batches are for training. With --crop pad, DALI works as for testing: the device pads and crops."""
     mirror: bool = False
     auto_augment: str = "none"
     seed: int = 0
 
     @property
     def cropped(self) -> bool:
-        """Whether DALI cuts out a random window."""
+        """Whether DALI crops a random window."""
         return self.training and self.geometry.crop != "pad"
 
     @property
     def augmented(self) -> bool:
-        """Whether DALI does AutoAugment."""
+        """Whether DALI applies AutoAugment."""
         return self.cropped and self.auto_augment != "none"
 
     @property
     def only_decoded(self) -> bool:
-        """Whether what DALI makes is to be resized (and mirrored) here."""
+        """Whether DALI only decodes and crops, so that images are resized and mirrored in Python."""
         return self.device.type == "cpu" and not self.augmented
 
     @property
     def normalized(self) -> bool:
-        """Whether DALI resizes and normalises, to float32."""
+        """Whether DALI normalises the images to float32."""
         return not self.only_decoded and (self.cropped or not self.training)
 
 
 def build_pipeline(work: Work, source: Callable[[], tuple[Any, ...]], checkpoint: bytes | None) -> Any:
-    """Return DALI's pipeline for ``work``, fed by ``source``; random numbers as ``checkpoint`` left them."""
+    """Return the pipeline for ``work``.
+
+    Args:
+        work: what to do with a batch.
+        source: returns the next batch as arrays, and raises StopIteration after the last.
+        checkpoint: state of the random numbers to continue from; None: they begin at ``work.seed``.
+    """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.auto_aug import auto_augment as policies
 

@@ -1,4 +1,4 @@
-"""torch's DataLoader: a worker process makes a whole batch, with torchvision's decoder and transforms."""
+"""The DataLoader of torch: each worker process makes whole batches, with torchvision's decoder and transforms."""
 
 import os
 import resource
@@ -25,41 +25,41 @@ from fastadvisor.runtime.allocator import return_freed_memory
 
 try:
     from torchvision.io import ImageReadMode, decode_image
-except ImportError:  # torchvision announces that a later release will be without it
+except ImportError:  # torchvision has announced that a later release will not have it
     decode_image = None
 
 SHARED = "/dev/shm"
 ROOM = "give the container more (docker run --shm-size 2g, or --ipc host)"
 MOST_FILES = 65_536
 FILES, SPARE_FILES = 3, 24
-"""Files that a worker keeps open in the main process (a pipe's two ends, and what tells of its end), and all else that may be
-opened at a time.
+"""Files that each worker keeps open in the main process (two ends of a pipe, and one that tells when it ends), and files that
+anything else may open at the same time.
 """
 PREFETCH = 3
-"""Batches a worker may be ahead."""
+"""Number of batches that a worker makes before they are needed."""
 
 POLICIES = {"cifar10": v2.AutoAugmentPolicy.CIFAR10, "imagenet": v2.AutoAugmentPolicy.IMAGENET}
 
 
 class Batches(Dataset["Decoded | UserError"]):
-    """Makes the batch of a spec. With --crop pad the images are as in testing: the device pads and crops them."""
+    """Makes the batch of a spec. With --crop pad, images are made as for testing, and the device pads and crops them."""
 
     def __init__(self, images: Images, geometry: Geometry, mirror: bool, auto_augment: str) -> None:
-        """Take where the images are, how they are cropped, and the augmentation that is the workers' to do."""
+        """Take the images, how they are cropped, and the augmentation that the workers apply."""
         self.images, self.geometry = images, geometry
         cropped = geometry.crop != "pad"
         self.mirror = mirror and cropped
         self.policy = v2.AutoAugment(POLICIES[auto_augment]) if auto_augment != "none" and cropped else None
 
     def __getitem__(self, spec: Spec) -> "Decoded | UserError":
-        """Return the batch of ``spec``, images (B, S, S, 3) uint8; from a worker process, in shared memory.
+        """Return the batch of ``spec``, with images (B, S, S, 3) uint8; a worker process returns it in shared memory.
 
-        What a user can put right is returned: torch would add the worker's traceback to what it raises in the main process.
+        A UserError is returned, not raised: torch would add the traceback of the worker to what it raises in the main process.
         """
         try:
             decoded = self._decode(spec)
             if get_worker_info() is not None:
-                # Here, not by the queue's own thread, which cannot tell the main process of memory that has run out.
+                # Done here because the thread of the queue could not tell the main process that memory has run out.
                 decoded.images.share_memory_()
                 decoded.ids.share_memory_()
             return decoded
@@ -85,7 +85,7 @@ class Batches(Dataset["Decoded | UserError"]):
         return Decoded(out, torch.from_numpy(ids), bad)
 
     def _make_sample(self, data: bytes, draws: Draws | None) -> Tensor:
-        """Return (3, S, S) uint8."""
+        """Decode, crop and augment one image, to (3, S, S) uint8."""
         image = decode(data)
         if draws is None or self.geometry.crop == "pad":
             return resize_for_testing(image, self.geometry)
@@ -94,7 +94,7 @@ class Batches(Dataset["Decoded | UserError"]):
         if self.mirror and draws[MIRROR] < 0.5:
             image = image.flip(-1)
         if self.policy is not None:
-            # torchvision draws from the global generator; the seed is the sample's own, so that a resumed run draws the same.
+            # torchvision draws from the global generator. The seed is that of the sample, so a resumed run draws the same.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(draws.view(np.uint64)[MIRROR] >> np.uint64(1)))
                 image = self.policy(image)
@@ -102,28 +102,28 @@ class Batches(Dataset["Decoded | UserError"]):
 
 
 def decode(data: bytes) -> Tensor:
-    """Return any image as (3, H, W) uint8: plain JPEGs by torchvision, which is quicker, the rest by Pillow.
+    """Decode any image to (3, H, W) uint8: plain JPEGs with torchvision, which is faster, all others with Pillow.
 
     Raises:
-        Unreadable: as :func:`fastadvisor.loading.decode.decode_rgb`.
+        Unreadable: as in :func:`fastadvisor.loading.decode.decode_rgb`.
     """
     if decode_image is not None and plain_jpeg_size(data) is not None:
         try:
             return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:  # damaged in a way that Pillow may forgive, or name
+        except RuntimeError:  # Pillow may read the damaged file all the same, or name the damage
             pass
     return torch.from_numpy(np.array(decode_rgb(data))).permute(2, 0, 1)
 
 
 class TorchBackend:
-    """Batches from worker processes, or without any (``workers`` 0) from this one."""
+    """Makes batches in worker processes or, with ``workers`` 0, in this process."""
 
     def __init__(self, batches: Batches, workers: int, pin_memory: bool) -> None:
-        """Take what makes a batch, the number of processes, and whether batches are bound for a GPU."""
+        """Take what makes a batch, the number of processes, and whether to make batches in pinned memory, for a GPU."""
         self.batches, self.workers, self.pin_memory = batches, workers, pin_memory
 
     def decode(self, specs: Iterable[Spec]) -> Iterator[Decoded]:
-        """Return the batches of ``specs``; the workers live as long as this iterator."""
+        """Yield the batches of ``specs``; the workers live as long as this iterator."""
         loader: DataLoader[Decoded | UserError] = DataLoader(
             self.batches,
             sampler=specs,
@@ -133,7 +133,7 @@ class TorchBackend:
             prefetch_factor=PREFETCH if self.workers else None,
             collate_fn=_return_batch,
             worker_init_fn=_set_up_worker,
-            generator=torch.Generator(),  # seeds the workers, else from the global one: the run's other numbers would move
+            generator=torch.Generator(),  # without it, seeds would be drawn from the global one, which would change the run
         )
         try:
             for decoded in loader:
@@ -146,35 +146,34 @@ class TorchBackend:
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: a batch depends on its spec alone."""
+        """Return an empty dict: a batch depends on its spec alone."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing: there is no state."""
 
     def close(self) -> None:
-        """There is nothing to end: the workers go with the iterator."""
+        """Do nothing: the workers end with the iterator of ``decode``."""
 
 
 def check_shared_memory(batches: Sequence[int], tests: Sequence[int], side: int, workers: int) -> None:
-    """Find out whether the batches that worker processes keep ready fit in shared memory: where it runs out, they end one by
-    one.
+    """Check that the batches that worker processes keep ready fit in shared memory; if it ran out, workers would be killed.
 
     Args:
-        batches: images in a batch of each training loader, which all run at a time.
-        tests: of each loader to test with, which run one at a time beside them.
-        side: of the images in pixels.
-        workers: of each loader.
+        batches: batch size of each training loader; these run at the same time.
+        tests: batch size of each loader for testing; these run one at a time, beside the training loaders.
+        side: side of the images in pixels.
+        workers: number of worker processes of each loader.
 
     Raises:
-        UserError: they do not; names how many workers do.
+        UserError: the batches do not fit; the message says how many workers would.
     """
     if not os.path.isdir(SHARED):
         return
     status = os.statvfs(SHARED)
     free = status.f_bavail * status.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     image = 3 * side * side
-    each = image * (sum(batches) + max(tests, default=0))  # that all loaders hold for one batch each
+    each = image * (sum(batches) + max(tests, default=0))  # bytes of one batch of every loader
     if (workers * PREFETCH + 1) * each <= free:
         return
     fits = max(0, (free // each - 1) // PREFETCH)
@@ -186,10 +185,10 @@ def check_shared_memory(batches: Sequence[int], tests: Sequence[int], side: int,
 
 
 def check_open_files(loaders: int, workers: int) -> None:
-    """Let this process open as many files as it may, and find out whether that is enough for the worker processes.
+    """Raise the limit of open files of this process, and check that it is enough for the worker processes.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not enough.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
@@ -207,13 +206,15 @@ def _return_batch(batch: Any) -> Any:
 
 
 def _end_worker(error: Exception, batch: object) -> None:
-    """End the worker: what it cannot hand over is lost, and the main process would wait for it without end."""
+    """End the worker when it cannot hand over a batch: the main process would wait for that batch forever."""
     os._exit(1)
 
 
 def _set_up_worker(worker: int) -> None:
-    """A worker holds one batch; it has no use for the heap that a training step wants kept. Signals sent to all processes of a
-    run, as by Ctrl-C, are for the run to answer: it ends its workers itself.
+    """Set up a worker process: its memory, what it does if a batch cannot be handed over, and its signals.
+
+    A worker holds one batch at a time, so unlike a training step it gains nothing from keeping freed memory. Signals that are
+    sent to all processes of a run, as by Ctrl-C, are left to the main process, which ends the workers itself.
     """
     return_freed_memory()
     setattr(queues.Queue, "_on_queue_feeder_error", staticmethod(_end_worker))  # noqa: B010 (not typed)

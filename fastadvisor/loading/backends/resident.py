@@ -1,4 +1,4 @@
-"""The loader for data sets that fit in device memory: no workers, no copies, no host in the loop."""
+"""The loader for data sets that fit in device memory: there are no workers, no copies, and no waiting for the host."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from fastadvisor.runtime.share import Share
 
 @dataclass(frozen=True)
 class ResidentImages:
-    """The table of a data set in device memory; made once and shared by the train and the meta loader."""
+    """The images and labels of a data set in device memory, made once and shared by the training and the meta loader."""
 
     images: Tensor
     """(N, H, W, 3) uint8."""
@@ -29,7 +29,7 @@ class ResidentImages:
 
     @classmethod
     def of(cls, data: TrainingData, device: torch.device) -> "ResidentImages":
-        """Move ``data``, whose images are in memory, to ``device`` (on the CPU: share it).
+        """Move ``data``, whose images are in memory, to ``device``; on the CPU the memory is shared.
 
         Raises:
             UserError: the images do not fit in the GPU's free memory.
@@ -48,7 +48,7 @@ class ResidentImages:
 
 
 class ResidentLoader:
-    """An endless stream of augmented batches; every epoch a new order, the last partial batch dropped."""
+    """An endless stream of augmented batches. Every epoch has a new order; its last, partial batch is dropped."""
 
     def __init__(
         self,
@@ -65,17 +65,17 @@ class ResidentLoader:
         """Set up.
 
         Args:
-            data: where the images and labels are; hand the same ``ResidentImages`` to several loaders to share them.
-            ids: (n,) int64 the samples to draw from.
-            batch_size: of this rank; of all of them together at most n.
-            augment: makes floats of bytes.
-            device: where the batches are made.
-            seed: of the order and the augmentation; give each loader its own, and the same one on all ranks.
-            rank: of this process, which gets the ``rank``-th part of each batch of all ranks.
-            ranks: processes that share an epoch.
+            data: the images and labels; several loaders may share the same ``ResidentImages``.
+            ids: (n,) int64, the samples to draw from.
+            batch_size: batch size of this rank; that of all ranks together is at most n.
+            augment: turns (B, H, W, 3) uint8 into augmented, normalised (B, 3, H, W) float32.
+            device: the device that the batches are made on.
+            seed: the seed of the order and the augmentation: another one for each loader, the same one on all ranks.
+            rank: number of this process, which gets the ``rank``-th part of each batch of all ranks.
+            ranks: number of processes that share an epoch.
 
         Raises:
-            UserError: more images in a batch than there are, or padding that does not fit the images.
+            UserError: a batch is larger than the set it is drawn from, or the padding does not fit the images.
         """
         if batch_size * ranks > len(ids):
             raise UserError(
@@ -88,15 +88,15 @@ class ResidentLoader:
         self._ids = ids.to(device)
         self._generator, self._host = torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed)
         self._sampler: Sampler | None = None
-        """None: every sample once, in an order that is drawn on the device."""
+        """None: every sample once, in an order drawn on the device."""
         self._seed, self._epochs = seed, 0
         self._order = self._permutation()
-        self._position = 0  # a host integer: knowing it costs no synchronisation
+        self._position = 0  # an integer on the host, which is known without waiting for the device
         self.waited = 0.0
-        """As of the other loaders: there is nothing to wait for."""
+        """Seconds spent waiting, as for every loader; here there is nothing to wait for."""
 
     def __len__(self) -> int:
-        """Full batches an epoch."""
+        """Return the number of full batches in an epoch."""
         return len(self._ids) // self._share.whole(self.batch_size)
 
     def __iter__(self) -> "ResidentLoader":
@@ -106,7 +106,7 @@ class ResidentLoader:
         return self.next_batch()
 
     def next_batch(self) -> Batch:
-        """Return the next batch; reshuffles when fewer than a batch are left. Never waits for the device."""
+        """Return the next batch; begin a new epoch if less than a batch is left. Never waits for the device."""
         whole = self._share.whole(self.batch_size)
         if self._position + whole > len(self._ids):
             self._order, self._position = self._permutation(), 0
@@ -116,13 +116,13 @@ class ResidentLoader:
         return Batch(images, self.table.labels[ids], ids)
 
     def use(self, sampler: Sampler, *, anew: bool) -> None:
-        """Draw epochs by ``sampler``; ``anew``: the next batch begins one."""
+        """Draw epochs with ``sampler``; if ``anew``, the next batch begins an epoch."""
         self._sampler = None if isinstance(sampler, Shuffled) else sampler
         if anew:
             self._position = len(self._ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as CPU tensors and integers."""
+        """Return the position in the stream, as CPU tensors and integers."""
         return {
             "generator": self._generator.get_state(),
             "host": self._host.get_state(),
@@ -135,7 +135,7 @@ class ResidentLoader:
         """Continue exactly where the loader that wrote ``state`` stood.
 
         Raises:
-            UserError: the state is of another training set, or of another kind of device.
+            UserError: the state is that of another loader or training set, or of another kind of device.
         """
         check_state(state, "order", len(self._ids))
         set_generator(self._generator, state["generator"])
@@ -144,7 +144,7 @@ class ResidentLoader:
         self._position, self._epochs = int(state["position"]), int(state["epochs"])
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: there are no threads or processes."""
 
     def _permutation(self) -> Tensor:
         self._epochs += 1
@@ -157,7 +157,7 @@ class ResidentLoader:
 
 
 class ResidentEvaluation:
-    """The test images in order, each once; of several ranks each has every so many-th."""
+    """The test images in order, each once; rank r of R yields every R-th image, from number r on."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, batch_size: int, mean: Triple, std: Triple, rank: int = 0, ranks: int = 1
@@ -167,7 +167,7 @@ class ResidentEvaluation:
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        """Images, of all ranks."""
+        """Return the number of images of all ranks."""
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""What the loaders that read files share: batches by number, stand-ins for bad images, state, time spent waiting."""
+"""The parts that all loaders of files share: batches by number, spares for bad images, state, time spent waiting."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,29 +23,29 @@ T = TypeVar("T")
 
 
 class Decoded(NamedTuple):
-    """A batch as a backend makes it."""
+    """A batch as a backend returns it."""
 
     images: Tensor
-    """(B, S, S, 3) uint8 cropped (and mirrored, unless the crop is by padding), or (B, 3, S, S) float32 normalised as well."""
+    """(B, S, S, 3) uint8, cropped (and mirrored, unless cropped by padding), or (B, 3, S, S) float32, normalised as well."""
     ids: Tensor
-    """(B,) int64, those of the stand-ins in place of bad images."""
+    """(B,) int64 sample ids; bad images are replaced by spares."""
     bad: dict[int, str]
-    """Images that could not be read, with the reason."""
+    """The reason for each sample id whose image could not be read."""
 
 
 class Backend(Protocol):
-    """Makes batches of files, ahead of their use."""
+    """Makes batches from files before they are needed."""
 
     def decode(self, specs: Iterable[Spec]) -> Iterator[Decoded]:
-        """Return the batches of ``specs``, in order; ends with them. A second call gives up what the first had begun."""
+        """Yield the batches of ``specs``, in order. A second call gives up what the first has begun."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the batches after the last one that was handed out depend on besides their specs."""
+        """Return what later batches depend on besides their specs, as of the last batch that was handed out."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on, at the next ``decode``, as the backend that wrote ``state`` would have."""
+        """Make the next ``decode`` continue as the backend whose ``state_dict`` returned ``state`` would have."""
         ...
 
     def close(self) -> None:
@@ -72,28 +72,28 @@ class StreamLoader:
         """Set up.
 
         Args:
-            backend: decodes.
-            order: which samples.
+            backend: makes the batches.
+            order: decides which samples a batch holds.
             labels: (N,) int64 by sample id, on ``device``.
-            bad: counts what cannot be read.
-            augment: pads and crops the (B, S, S, 3) uint8 that the backend makes; None where the backend crops.
-            mean: per channel, in units of 0..1.
-            std: likewise.
-            hole: side of Cutout's square; 0: none.
-            device: of the batches.
+            bad: counts the images that cannot be read.
+            augment: augments the (B, S, S, 3) uint8 that the backend returns; None if the backend crops.
+            mean: of each channel, for pixels scaled to 0..1.
+            std: likewise, the standard deviation.
+            hole: side in pixels of the square that Cutout removes; 0 for none.
+            device: the device of the batches.
         """
         self.backend, self.order, self.labels, self.bad = backend, order, labels, bad
         self.augment, self.mean, self.std, self.hole, self.device = augment, mean, std, hole, device
         self.batch_size = order.batch_size
         self.waited = 0.0
-        """Seconds in which the training had nothing to do but wait for this loader."""
+        """Seconds that the training has spent waiting for this loader so far."""
         self._generator = torch.Generator(device).manual_seed(order.seed)
         self._host = torch.Generator().manual_seed(order.seed)
         self._index = 0
         self._decoded: Iterator[Decoded] | None = None
 
     def __len__(self) -> int:
-        """Full batches an epoch."""
+        """Return the number of full batches in an epoch."""
         return len(self.order)
 
     def __iter__(self) -> "StreamLoader":
@@ -106,7 +106,7 @@ class StreamLoader:
         """Return the next batch.
 
         Raises:
-            UserError: too many images that cannot be read.
+            UserError: too many images cannot be read.
         """
         began = time.perf_counter()
         if self._decoded is None:
@@ -124,7 +124,7 @@ class StreamLoader:
         return Batch(self._finish(decoded.images.to(self.device, non_blocking=True)), self.labels[ids], ids)
 
     def _finish(self, images: Tensor) -> Tensor:
-        if self.augment is not None:  # does it all: mirror, AutoAugment, Cutout
+        if self.augment is not None:  # which mirrors, and applies AutoAugment and Cutout, too
             rows = torch.arange(len(images), device=self.device)
             return self.augment(images, rows, self._generator, self._host, self.order.share)
         if images.dtype == torch.uint8:
@@ -132,12 +132,12 @@ class StreamLoader:
         return cutout(images, self.hole, self._generator, self.order.share) if self.hole else images
 
     def use(self, sampler: Sampler, *, anew: bool) -> None:
-        """Draw epochs by ``sampler``, from the next batch on: which batch of its epoch that is, its number says."""
+        """Draw epochs with ``sampler`` from the next batch on; ``anew`` is not needed: a batch's number tells its epoch."""
         self.order.use(sampler)
-        self._decoded = None  # what was decoded ahead was drawn by the other
+        self._decoded = None  # batches that were decoded ahead were drawn by the last sampler
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands, as CPU tensors and plain values."""
+        """Return the position in the stream, as CPU tensors and plain values."""
         return {
             "index": self._index,
             "count": len(self.order.ids),
@@ -149,17 +149,17 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where the loader that wrote ``state`` stood, in the middle of an epoch too.
+        """Continue exactly where the loader that wrote ``state`` stood, even in the middle of an epoch.
 
         Raises:
-            UserError: the state is of another loader or training set, or of another kind of device.
+            UserError: the state is that of another loader or training set, or of another kind of device.
         """
         check_state(state, "index", len(self.order.ids))
         set_generator(self._generator, state["generator"])
         set_generator(self._host, state["host"])
         self._index, self._decoded = int(state["index"]), None
         self.bad.reasons = {int(row): str(reason) for row, reason in state["bad"].items()}
-        if list(state["share"]) == list(self.order.share):  # else a backend that draws by itself begins anew
+        if list(state["share"]) == list(self.order.share):  # else a backend with random numbers of its own starts anew
             self.backend.load_state_dict(state["backend"])
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class StreamLoader:
 
 
 class EvaluationStream:
-    """The test images in order, each once; those that cannot be read are left out; each rank has every so many-th."""
+    """The test images in order, each once, without bad ones; rank r of R yields every R-th image, from number r on."""
 
     def __init__(
         self,
@@ -183,12 +183,12 @@ class EvaluationStream:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        """Take (N,) int64 ``labels`` on the device of the batches, and ``batch_size`` for all but the last."""
+        """Take (N,) int64 ``labels`` on the device of the batches, and the size of every batch but the last."""
         self.backend, self.labels, self.batch_size, self.bad, self.mean, self.std = backend, labels, batch_size, bad, mean, std
         self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
-        """Images of all ranks, the bad ones too."""
+        """Return the number of images of all ranks, including bad ones."""
         return len(self.labels)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -210,17 +210,18 @@ class EvaluationStream:
 def make_samples(
     spec: Spec, attempt: Callable[[int, int], T], run: Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]] = map
 ) -> tuple[list[T], Ints, dict[int, str]]:
-    """Make every sample of a batch, and put the next spare where one cannot be read.
+    """Make every sample of a batch; one that cannot be read is replaced by the next spare of the batch.
 
-    Which spare depends on the files alone, not on what has been read before, so a resumed run makes the same batch.
+    Which spare it is depends on the files alone, not on what has been read before, so a resumed run makes the same batch.
 
     Args:
         spec: the batch.
-        attempt: place in the batch and sample id -> the sample, or Unreadable.
-        run: ``map``, or an executor's.
+        attempt: makes a sample, given its place in the batch and a sample id, or raises Unreadable.
+        run: ``map``, or the ``map`` of an executor.
 
     Returns:
-        The samples, their ids, and the reasons of the bad ones by id. Without a spare left a place is dropped.
+        The samples, their ids (int64), and the reason for each id that could not be read. If no spare is left, the batch is
+        smaller.
     """
 
     def first(place: int) -> T | Unreadable:
@@ -251,7 +252,7 @@ def make_samples(
 
 
 def check_state(state: Mapping[str, Any], key: str, count: int) -> None:
-    """Raise a UserError unless ``state`` is of this kind of loader and of a training set of ``count`` images."""
+    """Raise a UserError unless ``state`` is that of the same kind of loader and of a training set of ``count`` images."""
     if key not in state:
         raise UserError("The saved run used another loader: resume it with the --loader it was started with.")
     if "host" not in state:
@@ -265,7 +266,7 @@ def check_state(state: Mapping[str, Any], key: str, count: int) -> None:
 
 
 def set_generator(generator: torch.Generator, state: Tensor) -> None:
-    """Set ``generator`` to ``state``; a UserError if that is of another kind of device."""
+    """Set ``generator`` to ``state``; raise a UserError if ``state`` is that of another kind of device."""
     try:
         generator.set_state(state.cpu())
     except RuntimeError:  # CPU and CUDA have different generators

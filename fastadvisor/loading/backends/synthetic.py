@@ -1,4 +1,4 @@
-"""One random batch over and over: training without a loader, the ceiling that the others are measured against."""
+"""The same random batch over and over: training without loading, the upper bound that other loaders are compared with."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from fastadvisor.loading.order import Spec
 
 
 class SyntheticBackend:
-    """Normal noise on the device; ids (and so labels) are the real ones."""
+    """Batches of normal noise on the device; the ids, and so the labels, are real."""
 
     def __init__(self, batch_size: int, size: int, device: torch.device) -> None:
         """Make (``batch_size``, 3, ``size``, ``size``) float32 on ``device``."""
@@ -18,16 +18,16 @@ class SyntheticBackend:
         self.images = torch.randn(batch_size, 3, size, size, generator=generator).to(device)
 
     def decode(self, specs: Iterable[Spec]) -> Iterator[Decoded]:
-        """Return the same images for each of ``specs``."""
+        """Yield the same images for each of ``specs``."""
         for spec in specs:
             yield Decoded(self.images[: len(spec.ids)], torch.from_numpy(spec.ids), {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: there is no state."""
+        """Return an empty dict: there is no state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing: there is no state."""
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Do nothing: there are no threads or processes."""
