@@ -42,13 +42,13 @@ class Algorithm1(Iteration):
         assert self.engine is not None
         plan, shared_pass = self.engine.plan(), self.shared_pass
         if shared_pass.accumulate == 1:
-            return [self.observed(self.forward_pass(train, self.draw(train), plan))]
+            return [self.let_method_observe(self.forward_pass(train, self.draw(train), plan))]
         parts = []
         for part in shared_pass.micro_batches(train, self.draw(train)):
             with torch.no_grad():  # the graph is made when it is asked for
-                parts.append(self.observed(self.forward_pass(*part, plan)))
-            parts[-1].for_tangent = False  # or all graphs would be there at once
-            parts[-1].release()
+                parts.append(self.let_method_observe(self.forward_pass(*part, plan)))
+            parts[-1].restore_before_tangent = False  # or all graphs would be there at once
+            parts[-1].release_graph()
         return parts
 
     def forward_pass(self, train: Batch, draw: Beta, plan: Plan | None = None) -> SharedForward:
@@ -56,4 +56,4 @@ class Algorithm1(Iteration):
         if plan is None:
             return super().forward_pass(train, draw)
         again = self.shared_pass.one_graph_at_a_time
-        return self.shared_pass.run(train, draw, plan, record=not again, renewable=again)
+        return self.shared_pass.run(train, draw, plan, record=not again, releasable=again)

@@ -13,7 +13,7 @@ from fastadvisor.iterations.meta_train import MetaTrain
 from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import Engine, Plan, SharedForward, SharedPass
 from fastadvisor.methods import Advice, Method
-from fastadvisor.methods.beta import rows_of
+from fastadvisor.methods.beta import select_rows
 from fastadvisor.models import SplitClassifier
 from fastadvisor.runtime.execution import Execution
 from fastadvisor.runtime.state import Fixed, Optimizer, Part, Value
@@ -109,29 +109,29 @@ class Iteration(ABC):
         common, rows = self.execution.common, len(train.labels)
         with common.drawing():
             whole = self.method.draw(common.share.whole(rows), train.labels.device)
-        return rows_of(whole, common.share.part(rows))
+        return select_rows(whole, common.share.part(rows))
 
     def forward_pass(self, train: Batch, draw: Beta, plan: Plan | None = None) -> SharedForward:
         """Run the classifier forward for (a) and all that follows; ``plan`` is the engine's, None where no meta step does."""
-        return self.shared_pass.run(train, draw, Plan() if plan is None else plan, record=False, renewable=False)
+        return self.shared_pass.run(train, draw, Plan() if plan is None else plan, record=False, releasable=False)
 
     def micro_batches(self, train: Batch) -> Iterator[SharedForward]:
         """Run the micro-batches of ``train`` forward, one after the other, for a step without a meta step."""
         for part in self.shared_pass.micro_batches(train, self.draw(train)):
-            yield self.observed(self.forward_pass(*part))
+            yield self.let_method_observe(self.forward_pass(*part))
 
-    def observed(self, shared: SharedForward) -> SharedForward:
+    def let_method_observe(self, shared: SharedForward) -> SharedForward:
         """Let the method look at a forward pass of this iteration, once, and return the pass."""
         if type(self.method).observe is not Method.observe:
             z_BC, batch = shared.logits, shared.batch
             if self.execution.ranks.count > 1:
-                z_BC, labels, ids = (self._of_all_ranks(part) for part in (z_BC, batch.labels, batch.ids))
+                z_BC, labels, ids = (self._gather_from_ranks(part) for part in (z_BC, batch.labels, batch.ids))
                 batch = Batch(batch.images, labels, ids)
             self.method.observe(z_BC, batch)
         return shared
 
     @torch.no_grad()
-    def _of_all_ranks(self, rows: Tensor) -> Tensor:
+    def _gather_from_ranks(self, rows: Tensor) -> Tensor:
         share = self.execution.common.share
         whole = rows.new_zeros((share.whole(len(rows)), *rows.shape[1:]))
         whole[share.part(len(rows))] = rows
@@ -141,7 +141,7 @@ class Iteration(ABC):
         """(d) Actual-Train: w ← SGD(w, ∇w L(w; θ)) with today's advisor; return the loss, and whether the step was taken."""
         losses: list[Tensor] = []
         for shared in parts:
-            shared.restore()
+            shared.restore_graph()
             with nullcontext() if self.shared_pass.attached else torch.no_grad():
                 advice = shared.advice_of(self.method, attached=self.shared_pass.attached)
             losses.append(self.backward(shared, advice, len(losses)))
@@ -149,7 +149,7 @@ class Iteration(ABC):
 
     def backward(self, shared: SharedForward, advice: Advice, number: int) -> Tensor:
         """Take the gradients of micro-batch ``number`` under ``advice``, and return its loss."""
-        with self.execution(), shared.head_again(self.model):
+        with self.execution(), shared.replaying_head(self.model):
             loss = self.method.loss(shared.features, shared.batch, self.model.head, advice)
         self.advice = advice.detach()
         self.update.backward(loss, number)

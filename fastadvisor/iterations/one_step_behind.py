@@ -45,8 +45,8 @@ class OneStepBehind(Iteration):
         losses: list[Tensor] = []
         problems: list[MetaProblem] = []
         for part in self.shared_pass.micro_batches(train, self.draw(train)):
-            shared = self.observed(self.forward_pass(*part, plan))
-            problem = replace(self.meta_train.problem([shared], self.optimizer), stepped=True)
+            shared = self.let_method_observe(self.forward_pass(*part, plan))
+            problem = replace(self.meta_train.problem([shared], self.optimizer), uses_actual_step=True)
             losses.append(self.backward(shared, problem.training_advice(), len(losses)))
             problems.append(problem)
         return problems[0] if len(problems) == 1 else replace(problems[0], parts=tuple(problems)), losses
@@ -56,4 +56,4 @@ class OneStepBehind(Iteration):
         if plan is None:
             return super().forward_pass(train, draw)
         little = plan.cut is not None and not self.shared_pass.one_graph_at_a_time
-        return self.shared_pass.run(train, draw, plan, record=little, renewable=False)
+        return self.shared_pass.run(train, draw, plan, record=little, releasable=False)

@@ -30,7 +30,7 @@ class MetaProblem:
     step: VirtualStep
     attached: bool = False
     """Whether the advice has a graph to the features and the loss it was given, and moves with them."""
-    stepped: bool = False
+    uses_actual_step: bool = False
     """Whether the virtual weights are the actual step's, of all layers, and the graph has been used up by it."""
     parts: tuple["MetaProblem", ...] = ()
     """With gradient accumulation, the micro-batches; what stands above is then the first one's."""
@@ -43,7 +43,7 @@ class MetaProblem:
         """Return the advice as the training loss takes it when its gradient for the classifier is wanted."""
         if not self.attached:
             return self.advice.detach()
-        if self.shared.renewals:  # the advice hangs on the graph that was let go
+        if self.shared.restorations:  # the advice hangs on the graph that was let go
             return self.shared.advice_of(self.method, attached=True)
         return self.advice
 

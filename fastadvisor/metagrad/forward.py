@@ -20,7 +20,13 @@ from torch.nn.functional import cross_entropy
 
 from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
-from fastadvisor.metagrad.head_tangent import Dual, HeadTangent, loss_tangent, training_loss_tangent, without_forward_mode
+from fastadvisor.metagrad.head_tangent import (
+    Dual,
+    HeadTangent,
+    cross_entropy_tangent,
+    forward_mode_error,
+    training_loss_tangent,
+)
 from fastadvisor.metagrad.shared_pass import Plan, SharedForward
 from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice, Seen
@@ -64,35 +70,35 @@ class ForwardEngine(Engine):
         model, shared, method = problem.model, problem.shared, problem.method
         parameters = model.part_parameters(self.cut, self.only)
         if method.of_one_batch:  # weights of 0 make a gradient of 0
-            shared.release()
+            shared.release_graph()
             return problem.step.apply(parameters, tuple(torch.zeros_like(p) for p in parameters.values()))
         gradients = self.execution.gradients(
             problem.micro_batches(),
             self._training_loss,
             list(parameters.values()),
-            retain_graph=shared.again is None,  # the backbone's graph still has the actual step to serve
-            done=lambda part: part.shared.release(),
+            retain_graph=shared.recompute is None,  # the backbone's graph still has the actual step to serve
+            done=lambda part: part.shared.release_graph(),
         )
         return problem.step.apply(parameters, gradients)
 
     def _training_loss(self, part: MetaProblem) -> Tensor:
         shared = part.shared
-        shared.restore()
-        with self.execution(), shared.head_again(part.model):
+        shared.restore_graph()
+        with self.execution(), shared.replaying_head(part.model):
             return part.method.loss(shared.features, shared.batch, part.model.head, part.training_advice())
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
         """Return Lmeta(w') and its gradient. ``virtual`` may hold more weights than those that count."""
-        loss, gradient = self.gradient_at(problem.model, virtual, meta, len(problem.micro_batches()))
-        return MetaGradient(loss, self.to_advisor(problem, gradient))
+        loss, gradient = self.differentiate_meta_loss(problem.model, virtual, meta, len(problem.micro_batches()))
+        return MetaGradient(loss, self.propagate_to_advisor(problem, gradient))
 
-    def gradient_at(
+    def differentiate_meta_loss(
         self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch, parts: int = 1
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return Lmeta(w') of this rank's meta images, taken in so many ``parts``, and g = ∇w' Lmeta(w') of the layers that
         count, of all ranks' images.
         """
-        values, weights = self.weights_at(model, virtual)
+        values, weights = self.prepare_virtual_weights(model, virtual)
         losses: list[Tensor] = []
 
         def loss_of(part: Batch) -> Tensor:
@@ -105,7 +111,9 @@ class ForwardEngine(Engine):
         gradient = self.execution.gradients(meta.split(parts), loss_of, list(weights.values()), done=forget)
         return torch.stack(losses).mean(), dict(zip(weights, gradient, strict=True))
 
-    def weights_at(self, model: SplitClassifier, virtual: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def prepare_virtual_weights(
+        self, model: SplitClassifier, virtual: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return w' as constants but for those that count, and these alone."""
         values = {name: weight.detach() for name, weight in virtual.items()}
         return values, {name: values[name].requires_grad_() for name in model.part_parameters(self.cut, self.only)}
@@ -120,41 +128,41 @@ class ForwardEngine(Engine):
             logits = functional_call(model, values, (entering,), {"start": self.cut})
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
 
-    def to_advisor(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def propagate_to_advisor(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return −α ∇θ L̇ for the direction ``gradient``."""
-        gradient = problem.step.scaled(gradient)
+        gradient = problem.step.scale_by_rates(gradient)
         return self.execution.gradients(
             problem.micro_batches(),
-            lambda part: -problem.step.lr * self._tangent_loss(part, gradient),
+            lambda part: -problem.step.lr * self._training_loss_tangent(part, gradient),
             problem.method.meta_parameters(),
             average=not problem.method.of_one_batch,  # whose parameters are those of this rank's samples
             retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
         )
 
-    def _tangent_loss(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> Tensor:
+    def _training_loss_tangent(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> Tensor:
         model, shared = problem.model, problem.shared
-        if self.plan().record and shared.for_tangent:
-            shared.restore()  # now, so that the tangent pass finds its tape
-        tangent = (self._tangent if self.tangent == "forward" else self._difference)(model, shared, gradient)
+        if self.plan().record and shared.restore_before_tangent:
+            shared.restore_graph()  # now, so that the tangent pass finds its tape
+        tangent = (self._forward_tangent if self.tangent == "forward" else self._difference_tangent)(model, shared, gradient)
         features = Dual(shared.features.detach(), tangent)
         # A trainable parameter without a direction would be our mistake, and a wrong gradient: a KeyError here.
         direction = {own: gradient[name] for own, name in model.head_parameters().items()}
         advice, moved = problem.advice, None
         if problem.attached:
-            advice, moved = self._moving_advice(problem, features, direction)
-        with shared.head_again(model):
+            advice, moved = self._advise_with_tangent(problem, features, direction)
+        with shared.replaying_head(model):
             return training_loss_tangent(problem.method, features, shared.batch, model.head, direction, advice, moved)
 
-    def _tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
+    def _forward_tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
 
         Every parameter that counts becomes dual, normalisations' affine ones included: under autocast a BatchNorm with
         constant affine parameters may emit a float32 tangent, which the next convolution rejects.
         """
-        parameters, entering = model.part_parameters(self.cut, self.only), shared.entering(self.cut)
+        parameters, entering = model.part_parameters(self.cut, self.only), shared.entry_state(self.cut)
         scale = None
         if self.execution.dtype is torch.float16:  # as long as the weights, or it would be rounded to 0
-            scale = _length(list(parameters.values())) / _length([gradient[name] for name in parameters])
+            scale = _joint_norm(list(parameters.values())) / _joint_norm([gradient[name] for name in parameters])
             gradient = {name: scale * gradient[name] for name in parameters}
         # Of the attention kernels only the plain one has a forward-mode formula.
         with (
@@ -170,21 +178,21 @@ class ForwardEngine(Engine):
                 with self.execution(), Tangents(shared.tape, entering.position):
                     dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
             except NotImplementedError as error:
-                raise without_forward_mode(f"The backbone of {model.name}", error) from None
+                raise forward_mode_error(f"The backbone of {model.name}", error) from None
             tangent = forward_ad.unpack_dual(dual).tangent
         # No tangent at all: the features do not depend on anything that counts.
         if tangent is None:
             return torch.zeros_like(shared.features)
         return tangent if scale is None else tangent.float() / scale
 
-    def _difference(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
+    def _difference_tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
         """Return ḟ (B, D) to the first order in the step ε."""
         parameters = model.backbone_parameters(self.cut, self.only)  # the head's may be the longest part of the direction
-        entering = shared.entering(self.cut)
+        entering = shared.entry_state(self.cut)
         if not parameters:
             return torch.zeros_like(shared.features)
         weights, directions = [p.detach() for p in parameters.values()], [gradient[name] for name in parameters]
-        step = DIFFERENCE_STEP * _length(weights) / _length(directions)
+        step = DIFFERENCE_STEP * _joint_norm(weights) / _joint_norm(directions)
         moved = torch._foreach_add(weights, torch._foreach_mul(directions, step))
         with torch.no_grad(), entering.random_state.replayed(), model.frozen_statistics(), self.execution():
             values = dict(zip(parameters, moved, strict=True))
@@ -192,11 +200,11 @@ class ForwardEngine(Engine):
         return (features - shared.features.detach()) / step
 
     @staticmethod
-    def _moving_advice(problem: MetaProblem, f: Dual, direction: HeadTangent) -> tuple[Advice, Advice]:
+    def _advise_with_tangent(problem: MetaProblem, f: Dual, direction: HeadTangent) -> tuple[Advice, Advice]:
         """Return the advice with its graph to θ alone, and its tangent along the inputs' own: the advisor sees duals."""
         shared = problem.shared
-        with torch.no_grad(), shared.head_again(problem.model):
-            loss_dot = loss_tangent(f, shared.batch.labels, problem.model.head, direction)
+        with torch.no_grad(), shared.replaying_head(problem.model):
+            loss_dot = cross_entropy_tangent(f, shared.batch.labels, problem.model.head, direction)
         with forward_ad.dual_level():
             features = forward_ad.make_dual(f.primal, f.tangent.to(f.primal.dtype))
             loss_pre = shared.loss_pre.detach()
@@ -207,7 +215,7 @@ class ForwardEngine(Engine):
         return primal, Advice(**{name: part.tangent for name, part in parts.items()})
 
 
-def _length(tensors: Sequence[Tensor]) -> Tensor:
+def _joint_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of ``tensors`` taken together, not quite 0."""
     length = torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors])).norm()
     return length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)

@@ -51,11 +51,11 @@ def training_loss_tangent(
     """
     kind = type(method)
     closed = kind.loss is Method.loss and kind.sample_losses is Method.sample_losses
-    function = closed_tangent if closed else double_backward_tangent
+    function = closed_form_tangent if closed else double_backward_tangent
     return function(method, f, batch, head, head_tangent, advice, advice_tangent or Advice())
 
 
-def closed_tangent(
+def closed_form_tangent(
     method: Method,
     f: Dual,
     batch: Batch,
@@ -77,7 +77,7 @@ def closed_tangent(
         if mask_dot is not None:
             gate = torch.sigmoid(mask)
             h_dot = h_dot + gate * (1 - gate) * mask_dot * f.primal.to(dtype)
-    z, z_dot = logits(head, h, h_dot, head_tangent)
+    z, z_dot = logits_with_tangent(head, h, h_dot, head_tangent)
     loss_dot = tangent_loss(z, z_dot, equalisation, labels, advice.beta, equalisation_dot)
     if weight is None:
         return loss_dot.mean()
@@ -87,14 +87,14 @@ def closed_tangent(
     return loss_dot.mean()
 
 
-def loss_tangent(f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent) -> Tensor:
+def cross_entropy_tangent(f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent) -> Tensor:
     """Return the tangent of the plain cross-entropy per sample (B,): Σ_k p_k ż_k − ż_y."""
     dtype = next(head.parameters()).dtype
-    z, z_dot = logits(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
+    z, z_dot = logits_with_tangent(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
     return tangent_loss(z, z_dot, None, labels)
 
 
-def logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:
+def logits_with_tangent(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:
     """Return z = Φc(h) (B, C) and its tangent ż along (ḣ, head_tangent), both differentiable in h and ḣ.
 
     ż = W ḣ + Ẇ h + ḃ for a plain linear layer; for any other head (a cosine classifier, one with weight or spectral
@@ -112,14 +112,14 @@ def logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent)
             values |= {name: forward_ad.make_dual(values[name], direction) for name, direction in head_tangent.items()}
             z, z_dot = forward_ad.unpack_dual(functional_call(head, values, (forward_ad.make_dual(h, h_dot),)))
     except NotImplementedError as error:
-        raise without_forward_mode(f"The head, {type(head).__name__},", error) from None
+        raise forward_mode_error(f"The head, {type(head).__name__},", error) from None
     if z_dot is None:
         # An operation registered with torch.library drops tangents without a word.
-        raise without_forward_mode(f"The head, {type(head).__name__},")
+        raise forward_mode_error(f"The head, {type(head).__name__},")
     return Dual(z, z_dot)
 
 
-def without_forward_mode(what: str, error: NotImplementedError | None = None) -> UserError:
+def forward_mode_error(what: str, error: NotImplementedError | None = None) -> UserError:
     """Return what to raise where ``what`` has an operation that torch knows no forward-mode derivative of."""
     reason = "" if error is None else f" ({str(error).splitlines()[0][:120]})"
     return UserError(

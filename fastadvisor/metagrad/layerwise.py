@@ -113,7 +113,7 @@ class LayerwiseEngine(Engine):
     """None: K layers at random."""
     active: list[bool] = field(default_factory=list)
     """Of this meta step."""
-    remembered: tuple[Tensor, Tensor] | None = None
+    restored: tuple[Tensor, Tensor] | None = None
     """Pooled gradients (L, 64) and the head's gradient of the training loss, as of the last checkpoint."""
 
     def describe(self) -> str:
@@ -150,13 +150,13 @@ class LayerwiseEngine(Engine):
         learned = self.learned
         if learned is None or learned.decisions is None:
             return self.forward.meta_gradient(problem, virtual, meta)
-        values, weights = self.forward.weights_at(problem.model, virtual)
+        values, weights = self.forward.prepare_virtual_weights(problem.model, virtual)
         loss = self.forward.meta_loss(problem.model, values, meta)
-        matched = learned.matching_weight and self._head() is not None
-        pull = self._pull(learned.matching_weight, loss, weights) if matched else None
+        matched = learned.matching_weight and self._head_weight_name() is not None
+        pull = self._matching_gradient(learned.matching_weight, loss, weights) if matched else None
         gradient = dict(zip(weights, self._gradients(loss, list(weights.values())), strict=True))
-        learned.differentiate(self._effects(gradient, pull, virtual))
-        return MetaGradient(loss.detach(), self.forward.to_advisor(problem, gradient))
+        learned.differentiate(self._decision_gradients(gradient, pull, virtual))
+        return MetaGradient(loss.detach(), self.forward.propagate_to_advisor(problem, gradient))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Return the samplers', if there are any."""
@@ -170,19 +170,21 @@ class LayerwiseEngine(Engine):
     def _gradients(self, loss: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
         return self.forward.execution.gradients([loss], lambda loss: loss, inputs, **options)
 
-    def _pull(self, matching_weight: float, loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _matching_gradient(self, matching_weight: float, loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return λ2 times the gradient of the matching loss: a backward through the head's gradient."""
-        head = self._head()
+        head = self._head_weight_name()
         assert head is not None
         _, of_training = self._training_gradients()
         (of_meta,) = torch.autograd.grad(loss, weights[head], create_graph=True)
         (of_all,) = self.forward.execution.ranks.average([of_meta])
-        mismatch = pooled(of_training) - pooled(of_all.detach())
+        mismatch = pool_gradient(of_training) - pool_gradient(of_all.detach())
         # 2 ⟨mismatch, −∂⟩ is the square's derivative, and linear in what each rank adds to the mean.
-        matching = -2 * matching_weight * (mismatch * pooled(of_meta)).sum()
+        matching = -2 * matching_weight * (mismatch * pool_gradient(of_meta)).sum()
         return dict(zip(weights, self._gradients(matching, list(weights.values()), retain_graph=True), strict=True))
 
-    def _effects(self, gradient: dict[str, Tensor], pull: dict[str, Tensor] | None, virtual: dict[str, Tensor]) -> Tensor:
+    def _decision_gradients(
+        self, gradient: dict[str, Tensor], pull: dict[str, Tensor] | None, virtual: dict[str, Tensor]
+    ) -> Tensor:
         """Return (L,) ⟨g_l + λ2 …, w'_l − w_l⟩, the derivative for r_l; 0 for inactive layers, whose g_l nobody computes."""
         parameters = dict(self.model.named_parameters())
         effects = torch.zeros(len(self.layers), device=self.model.device)
@@ -198,17 +200,17 @@ class LayerwiseEngine(Engine):
         """Return pooled gradients of all layers (L, 64), in units of their root mean square, and the head's gradient: of the
         last actual step (with the advisor one step behind, of this one by the time of the meta-gradient).
         """
-        device, name = self.model.device, self._head()
+        device, name = self.model.device, self._head_weight_name()
         if all(p.grad is None for p in self.model.parameters()):  # before the first actual step of a run, or of a part of it
             head = torch.zeros(1, device=device) if name is None else torch.zeros_like(self.model.get_parameter(name))
-            return self.remembered or (torch.zeros(len(self.layers), POOLED, device=device), head)
+            return self.restored or (torch.zeros(len(self.layers), POOLED, device=device), head)
         rows = []
         for layer in self.layers:
             prefixes = tuple(f"model.{name}." for name in layer.modules)
             parts = [
                 p.grad.flatten() for n, p in self.model.named_parameters() if n.startswith(prefixes) and p.grad is not None
             ]
-            rows.append(pooled(torch.cat(parts)) if parts else torch.zeros(POOLED, device=device))
+            rows.append(pool_gradient(torch.cat(parts)) if parts else torch.zeros(POOLED, device=device))
         stacked = torch.stack(rows)
         of_head = None if name is None else self.model.get_parameter(name).grad
         return (
@@ -216,7 +218,7 @@ class LayerwiseEngine(Engine):
             torch.zeros(1, device=device) if of_head is None else of_head,
         )
 
-    def _head(self) -> str | None:
+    def _head_weight_name(self) -> str | None:
         """Return the name of the head's largest trainable parameter, its weight, by which gradients are matched; None of a
         frozen head.
         """
@@ -239,10 +241,10 @@ class LayerwiseEngine(Engine):
         if self.learned is not None:
             self.learned.samplers.load_state_dict(state["samplers"])
             device = self.model.device
-            self.remembered = (state["pooled_gradients"].to(device), state["head_gradient"].to(device))
+            self.restored = (state["pooled_gradients"].to(device), state["head_gradient"].to(device))
 
 
-def pooled(gradient: Tensor) -> Tensor:
+def pool_gradient(gradient: Tensor) -> Tensor:
     """Return (64,) averages over equal stretches of a flattened gradient."""
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     return adaptive_avg_pool1d(wide.reshape(1, 1, -1), POOLED).flatten()

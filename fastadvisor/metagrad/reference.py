@@ -32,7 +32,7 @@ class ReferenceEngine(Engine):
         """Return w' with its graph to the advisor's parameters."""
         model, shared = problem.model, problem.shared
         parameters = model.part_parameters(self.cut)
-        with self.execution(), shared.head_again(model):
+        with self.execution(), shared.replaying_head(model):
             loss = problem.method.loss(shared.features, shared.batch, model.head, problem.advice)
         gradients = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastadvisor.models import sync_batch_norm
-from fastadvisor.models.normalisation import affine, combined, inner_sums
+from fastadvisor.models.normalisation import affine, combine, inner_sums
 from fastadvisor.runtime.ranks import Ranks
 
 PRODUCTS = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
@@ -111,11 +111,11 @@ class Tangents(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` or its rule."""
         if isinstance(func, OpOverload | OpOverloadPacket):
-            return registered(func, *args, **(kwargs or {}))
+            return run_registered(func, *args, **(kwargs or {}))
         if func is torch._weight_norm:
             return weight_norm(*args, **(kwargs or {}))
         if func in (F.group_norm, torch.group_norm):
-            return func(contiguous(args[0]), *args[1:], **(kwargs or {}))
+            return func(make_contiguous(args[0]), *args[1:], **(kwargs or {}))
         if func not in PRODUCTS and func not in (F.batch_norm, sync_batch_norm.batch_norm):
             return func(*args, **(kwargs or {}))
         known = self.tape.find(self.position, func)
@@ -183,7 +183,7 @@ def batch_norm(
         slope_x = slope_x + inverse * gamma_dot
     if beta_dot is not None:
         shift = shift + beta_dot
-    return forward_ad.make_dual(y, combined(x_dot, slope, x, slope_x, mean, shift))
+    return forward_ad.make_dual(y, combine(x_dot, slope, x, slope_x, mean, shift))
 
 
 def synchronised_batch_norm(
@@ -219,26 +219,26 @@ def synchronised_batch_norm(
         return forward_ad.make_dual(y, affine(x, slope_x, shift - slope_x * mean))
     mean_hat, mean_dot = sync_batch_norm.inner_means(x_dot, x, mean, inverse, count, ranks)
     slope_x = slope_x - inverse * slope * mean_hat
-    return forward_ad.make_dual(y, combined(x_dot, slope, x, slope_x, mean, shift - slope * mean_dot))
+    return forward_ad.make_dual(y, combine(x_dot, slope, x, slope_x, mean, shift - slope * mean_dot))
 
 
-def registered(function: OpOverload | OpOverloadPacket, *args: Any, **settings: Any) -> Any:
+def run_registered(function: OpOverload | OpOverloadPacket, *args: Any, **settings: Any) -> Any:
     """Run an operation from the registry, and raise NotImplementedError where it drops a tangent, as those that extensions
     register with torch.library (torchvision's deform_conv2d, say) do without a word.
     """
     result = function(*args, **settings)
-    if not str(function).startswith("aten.") and _moving((args, settings)) and not _moving(result):
+    if not str(function).startswith("aten.") and _has_tangent((args, settings)) and not _has_tangent(result):
         raise NotImplementedError(f"{function} drops tangents")
     return result
 
 
-def _moving(values: Any) -> bool:
+def _has_tangent(values: Any) -> bool:
     """Whether there is a tangent anywhere in ``values``."""
     tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def contiguous(input: Tensor) -> Tensor:
+def make_contiguous(input: Tensor) -> Tensor:
     """Return a dual number, of which both parts are contiguous: torch 2.11's tangent of group normalisation takes no other."""
     x, x_dot = forward_ad.unpack_dual(input)
     return x.contiguous() if x_dot is None else forward_ad.make_dual(x.contiguous(), x_dot.contiguous())

@@ -58,21 +58,21 @@ class ValidatedEngine(Engine):
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, torch.Tensor]:
         """Return the virtual weights of the engine in charge."""
-        return self._in_charge().virtual_train(problem)
+        return self._active_engine().virtual_train(problem)
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, torch.Tensor], meta: Batch) -> MetaGradient:
         """Return the gradient of the engine in charge; at a check, of the one that is in charge after it."""
         due = self.meta_steps % self.every == 0
         self.meta_steps += 1
         begun = RandomState.now(meta.images.device) if due else None
-        mine = self._in_charge().meta_gradient(problem, virtual, meta)
+        mine = self._active_engine().meta_gradient(problem, virtual, meta)
         if begun is None:
             return mine
         other = self.approximate if self.falling_back else self.exact
         with begun.replayed():  # the same units dropped in the meta pass, and the run's own stream left alone
-            theirs = other.meta_gradient(problem, virtual if problem.stepped else other.virtual_train(problem), meta)
+            theirs = other.meta_gradient(problem, virtual if problem.uses_actual_step else other.virtual_train(problem), meta)
         approximate, exact = (theirs, mine) if self.falling_back else (mine, theirs)
-        self._judge(approximate, exact)
+        self._compare(approximate, exact)
         return exact if self.falling_back else approximate
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -119,10 +119,10 @@ class ValidatedEngine(Engine):
         self.checks = [Check(*numbers) for numbers in state["checks"]]
         self.approximate.load_state_dict(state["approximate"])
 
-    def _in_charge(self) -> Engine:
+    def _active_engine(self) -> Engine:
         return self.exact if self.falling_back else self.approximate
 
-    def _judge(self, approximate: MetaGradient, exact: MetaGradient) -> None:
+    def _compare(self, approximate: MetaGradient, exact: MetaGradient) -> None:
         a, e = (torch.cat([part.flatten() for part in result.gradients]) for result in (approximate, exact))
         # Averaged, so that all ranks decide on the same numbers, whatever a gradient of their own samples (L2RW's) says.
         (numbers,) = self.ranks.average([torch.stack([a.norm(), e.norm(), a @ e])])

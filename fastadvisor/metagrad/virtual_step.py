@@ -17,7 +17,7 @@ class VirtualStep:
     """α; with layer-wise rates the largest. A scalar on the device where an iteration is recorded as a CUDA graph."""
     optimizer: torch.optim.Optimizer | None = None
     """Given: d also holds its weight decay and its momentum buffers."""
-    shares: Mapping[str, float] = field(default_factory=dict)
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
     """Layer-wise rates in units of ``lr``, by parameter name; 1 where nothing is said."""
 
     @classmethod
@@ -34,11 +34,11 @@ class VirtualStep:
         key = "lr_scale" if isinstance(groups[0]["lr"], Tensor) else "lr"
         top = max(groups, key=lambda group: group[key]) if len(groups) > 1 else groups[0]
         largest = top["lr"]
-        shares: dict[str, float] = {}
+        rate_factors: dict[str, float] = {}
         if len(groups) > 1 and top[key]:
             of_parameter = {id(p): group[key] / top[key] for group in groups for p in group["params"]}
-            shares = {name: of_parameter[id(p)] for name, p in model.part_parameters().items()}
-        return cls(largest, optimizer if with_optimizer else None, shares)
+            rate_factors = {name: of_parameter[id(p)] for name, p in model.part_parameters().items()}
+        return cls(largest, optimizer if with_optimizer else None, rate_factors)
 
     def apply(self, parameters: Mapping[str, nn.Parameter], gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Return w' by name; differentiable in ``gradients`` where they carry a graph.
@@ -54,15 +54,15 @@ class VirtualStep:
             if group["momentum"]:
                 known = [torch.zeros_like(w) if buffer is None else buffer for w, buffer in zip(weights, buffers, strict=True)]
                 directions = torch._foreach_add(list(directions), known, alpha=group["momentum"])
-        directions = tuple(self.scaled(dict(zip(parameters, directions, strict=True))).values())
+        directions = tuple(self.scale_by_rates(dict(zip(parameters, directions, strict=True))).values())
         if isinstance(self.lr, Tensor):
             moved = torch._foreach_sub(weights, torch._foreach_mul(list(directions), self.lr))
         else:
             moved = torch._foreach_add(weights, list(directions), alpha=-self.lr)
         return dict(zip(parameters, moved, strict=True))
 
-    def scaled(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
+    def scale_by_rates(self, direction: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return ``direction`` times the layers' shares of the rate."""
-        if not self.shares:
+        if not self.rate_factors:
             return direction
-        return {name: self.shares.get(name, 1.0) * value for name, value in direction.items()}
+        return {name: self.rate_factors.get(name, 1.0) * value for name, value in direction.items()}

@@ -35,7 +35,7 @@ def draw_beta(settings: BetaSettings, rows: int, classes: int, device: torch.dev
     return (torch.rand(shape, device=device) < settings.beta_probability).float()
 
 
-def rows_of(beta: Beta, rows: slice) -> Beta:
+def select_rows(beta: Beta, rows: slice) -> Beta:
     """Return what was drawn for these samples of a batch."""
     if isinstance(beta, Bernoulli):
         return beta.rows(rows.start)

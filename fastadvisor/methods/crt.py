@@ -23,10 +23,10 @@ class CRT(Method):
         """Return the two stages."""
         settings = self.settings
         head = Stage(
-            share=settings.crt_fraction,
+            fraction=settings.crt_fraction,
             lr_factor=settings.crt_lr_factor,
             sampler="class-aware",
             trains="head",
             reset_head=True,
         )
-        return Stage(share=1 - settings.crt_fraction), head
+        return Stage(fraction=1 - settings.crt_fraction), head

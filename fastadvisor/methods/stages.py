@@ -10,7 +10,7 @@ class Stage:
 
     source: Literal["train", "meta"] = "train"
     """Which images it trains on."""
-    share: float = 1.0
+    fraction: float = 1.0
     """Of the epochs."""
     lr_factor: float = 1.0
     """Of ``--lr``."""

@@ -20,7 +20,7 @@ def inner_sums(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Ten
     return of_gamma, of_beta
 
 
-def combined(d: Tensor, slope: Tensor, x: Tensor, slope_x: Tensor, mean: Tensor, shift: Tensor) -> Tensor:
+def combine(d: Tensor, slope: Tensor, x: Tensor, slope_x: Tensor, mean: Tensor, shift: Tensor) -> Tensor:
     """Return slope · d + slope_x · (x − mean) + shift, in the dtype of x."""
     d = d.to(x.dtype)
     if x.dtype == slope_x.dtype:

@@ -19,7 +19,7 @@ from fastadvisor.models.stages import Cut, Layer, find_cut, layers
 from fastadvisor.runtime.random_state import RandomState
 
 
-class Entering(NamedTuple):
+class EntryState(NamedTuple):
     """Where a forward pass stood when it entered the model, or reached a cut in it."""
 
     activation: Tensor
@@ -89,23 +89,23 @@ class SplitClassifier(nn.Module):
             Logits (B, C); features (B, D); or the activation that enters ``until``.
         """
         if until is not None:
-            with self.captured(until, stop=True) as seen, suppress(_Arrived):
+            with self.capture(until, stop=True) as seen, suppress(_Arrived):
                 self.model(x)
             return seen[0].activation
         skipped = (list(start.below) if start is not None else []) + ([self.head_name] if features else [])
-        with swapped(self.model, dict.fromkeys(skipped, self._identity[0])):
+        with swap_modules(self.model, dict.fromkeys(skipped, self._identity[0])):
             return self.model(x)
 
     @contextmanager
-    def captured(self, cut: Cut, *, stop: bool = False, tape: Sized = ()) -> Iterator[list[Entering]]:
+    def capture(self, cut: Cut, *, stop: bool = False, tape: Sized = ()) -> Iterator[list[EntryState]]:
         """Collect what enters ``cut`` in the forward passes inside the block; with ``stop``, end them there.
 
         The length of ``tape`` at that moment becomes the position.
         """
-        seen: list[Entering] = []
+        seen: list[EntryState] = []
 
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(Entering(inputs[0].detach(), RandomState.now(inputs[0].device), len(tape)))
+            seen.append(EntryState(inputs[0].detach(), RandomState.now(inputs[0].device), len(tape)))
             if stop:
                 raise _Arrived
 
@@ -202,7 +202,7 @@ class SplitClassifier(nn.Module):
 
 
 @contextmanager
-def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put other modules in the named places for the length of the block."""
     originals: list[tuple[nn.Module, str, nn.Module]] = []
     try:
@@ -236,11 +236,11 @@ def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: in
     model.eval()
     try:
         with torch.no_grad():
-            logits = run(model, name, images)
+            logits = run_on_dummy_batch(model, name, images)
             for candidate in reversed([n for n, m in model.named_modules() if isinstance(m, nn.Linear)]):
                 whole = SplitClassifier(model, candidate, name)
                 fits = whole.head.out_features == (logits.shape[1] if classes is None else classes)
-                if fits and _agrees(whole, images, logits) and _decides(whole, images):
+                if fits and _head_gives_logits(whole, images, logits) and _head_weights_matter(whole, images):
                     _check_training(whole, images)
                     return whole
     finally:
@@ -251,7 +251,7 @@ def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: in
     )
 
 
-def run(model: nn.Module, name: str, images: Tensor) -> Tensor:
+def run_on_dummy_batch(model: nn.Module, name: str, images: Tensor) -> Tensor:
     """Run ``model`` on a dummy batch; a UserError if it does not take images of that size."""
     try:
         logits = model(images)
@@ -264,7 +264,7 @@ def run(model: nn.Module, name: str, images: Tensor) -> Tensor:
     return logits
 
 
-def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
+def _head_gives_logits(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
     try:
         features = whole(images, features=True)
     except (AttributeError, RuntimeError, ValueError, TypeError, IndexError):
@@ -276,7 +276,7 @@ def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
     return torch.allclose(whole.head(features), logits, rtol=1e-4, atol=1e-5)
 
 
-def _decides(whole: SplitClassifier, images: Tensor) -> bool:
+def _head_weights_matter(whole: SplitClassifier, images: Tensor) -> bool:
     """Whether the logits are the head's with other weights in it, too: of two heads that begin with zeros either would do."""
     parameters = list(whole.head.parameters())
     before = [parameter.clone() for parameter in parameters]
@@ -284,7 +284,7 @@ def _decides(whole: SplitClassifier, images: Tensor) -> bool:
         generator = torch.Generator().manual_seed(1)
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        return _agrees(whole, images, whole(images))
+        return _head_gives_logits(whole, images, whole(images))
     finally:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
@@ -310,7 +310,7 @@ def _check_training(whole: SplitClassifier, images: Tensor) -> None:
 def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) -> Cut | None:
     """Return the cut below the top ``stages`` stages, checked on a dummy batch; None where the model is no chain there."""
     cut = find_cut(whole.model, whole.head_name, stages)
-    return cut if cut is not None and _holds(whole, image_shape, cut) else None
+    return cut if cut is not None and _cut_works(whole, image_shape, cut) else None
 
 
 def layers_of(whole: SplitClassifier, image_shape: tuple[int, int]) -> list[Layer]:
@@ -319,14 +319,14 @@ def layers_of(whole: SplitClassifier, image_shape: tuple[int, int]) -> list[Laye
     """
     found: list[Layer] = []
     for layer in layers(whole.model, whole.head_name):
-        if found and not _holds(whole, image_shape, layer.cut):
+        if found and not _cut_works(whole, image_shape, layer.cut):
             found[-1] = Layer((*found[-1].modules, *layer.modules), found[-1].cut)
         else:
             found.append(layer)
     return found
 
 
-def _holds(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None) -> bool:
+def _cut_works(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None) -> bool:
     weight = next(whole.parameters())
     images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     if cut is None:
@@ -337,7 +337,7 @@ def _holds(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None
     handle = entry.register_forward_pre_hook(lambda _, inputs: versions.append(inputs[0]._version))
     try:
         with torch.no_grad():
-            with whole.captured(cut) as seen:
+            with whole.capture(cut) as seen:
                 expected = whole(images, features=True)
             if seen[0].activation._version != versions[0]:
                 return False  # overwritten in place above the cut: it could not be started from again

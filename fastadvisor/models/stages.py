@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-STAGE_SHARE = 0.02
-"""A link of the chain counts as a stage from this share of the backbone's parameters on: a stem's or a last
+STAGE_FRACTION = 0.02
+"""A link of the chain counts as a stage from this fraction of the backbone's parameters on: a stem's or a last
 normalisation's few parameters are no stage of their own."""
 
-TRUNK_SHARE = 0.9
-"""A ``Sequential`` with more than this share of the parameters is the chain itself (``features`` of a VGG or ConvNeXt),
+TRUNK_FRACTION = 0.9
+"""A ``Sequential`` with more than this fraction of the parameters is the chain itself (``features`` of a VGG or ConvNeXt),
 not one of its links (the last stage of a ResNet holds 75 %)."""
 
 
@@ -29,8 +29,8 @@ def chain(model: nn.Module, head: str) -> list[str]:
     total = sum(parameter.numel() for parameter in model.parameters())
     links: list[str] = []
     for name, child in model.named_children():
-        share = sum(parameter.numel() for parameter in child.parameters()) / max(total, 1)
-        if isinstance(child, nn.Sequential) and (share > TRUNK_SHARE or head.startswith(name + ".")):
+        fraction = sum(parameter.numel() for parameter in child.parameters()) / max(total, 1)
+        if isinstance(child, nn.Sequential) and (fraction > TRUNK_FRACTION or head.startswith(name + ".")):
             links += [f"{name}.{inner}" for inner, _ in child.named_children()]
         else:
             links.append(name)
@@ -44,7 +44,7 @@ def find_cut(model: nn.Module, head: str, stages: int) -> Cut | None:
     """
     links = chain(model, head)
     sizes = [sum(parameter.numel() for parameter in model.get_submodule(link).parameters()) for link in links]
-    threshold = STAGE_SHARE * sum(sizes)
+    threshold = STAGE_FRACTION * sum(sizes)
     positions = [position for position, size in enumerate(sizes) if size >= threshold and size > 0]
     if len(positions) <= stages:
         return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastadvisor.models.normalisation import affine, combined, inner_sums
+from fastadvisor.models.normalisation import affine, combine, inner_sums
 from fastadvisor.runtime.ranks import Ranks
 
 
@@ -131,7 +131,7 @@ class _Normalise(torch.autograd.Function):
         of_gamma, of_beta = inner_sums(dy, x, mean, inverse)
         mean_hat, mean_dy = ctx.ranks.total(torch.stack([of_gamma, of_beta])) / count
         slope = gamma * inverse
-        dx = combined(dy, slope, x, -inverse * slope * mean_hat, mean, -slope * mean_dy)
+        dx = combine(dy, slope, x, -inverse * slope * mean_hat, mean, -slope * mean_dy)
         return dx, of_gamma.to(gamma.dtype), of_beta.to(gamma.dtype), None, None, None, None
 
 
