@@ -1,8 +1,8 @@
-"""Any classifier as backbone and head, without editing it.
+"""Split any classifier into backbone and head, without changing its code.
 
-The head is the last ``nn.Linear``; the backbone is everything before it. Parts that a pass must leave out are swapped for
-identities for the length of that pass, so the model's own ``forward`` runs, whatever it does between its modules, and its
-parameter names, and so its state dict, stay its own.
+The head is the last ``nn.Linear``; the backbone is everything before it. Modules that a pass must leave out are replaced by
+identities during that pass. So the model's own ``forward`` runs, whatever it does between its modules, and the names in its
+state dict do not change.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -20,37 +20,38 @@ from fastadvisor.runtime.random_state import RandomState
 
 
 class EntryState(NamedTuple):
-    """Where a forward pass stood when it entered the model, or reached a cut in it."""
+    """The state of a forward pass when it entered the model, or reached a cut: enough to continue the pass from there."""
 
     activation: Tensor
-    """The images, or what crosses the cut; detached."""
+    """The images, or the activation that crosses the cut; detached."""
     random_state: RandomState
+    """The state of the random number generators at that moment."""
     position: int = 0
-    """How many outputs the pass had put on its tape by then (metagrad/tangent.py)."""
+    """Number of entries that the pass had recorded on its tape by then (metagrad/tangent.py)."""
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether ``head`` computes W h + b of its parameters W and b, and nothing else: no subclass, parametrization or hook."""
+    """Whether ``head`` just computes W h + b from its parameters: it is no subclass, and has no parametrization and no hook."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     return type(head) is nn.Linear and not any(hooks) and "forward" not in head.__dict__
 
 
 def _is_spectral(module: nn.Module) -> bool:
-    """Whether ``module`` is a spectral normalisation that iterates as it runs, or a layer that the older hook makes one."""
+    """Whether ``module`` is a spectral normalisation, which iterates as it runs, or a layer with the older hook for one."""
     return isinstance(module, _SpectralNorm) or any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values())
 
 
 class _Arrived(Exception):
-    """Ends a forward pass at the module it was to reach."""
+    """Raised to end a forward pass at the cut that it was to reach."""
 
 
 class SplitClassifier(nn.Module):
-    """A classifier Φ = Φc ∘ Φb, with access to its features.
+    """A classifier Φ = Φc ∘ Φb, backbone Φb and head Φc (advisor paper, section 3.6), with access to its features.
 
     Args:
-        model: any module (B, 3, H, W) → (B, C) whose last ``nn.Linear`` gives the logits.
+        model: any module from images (B, 3, H, W) to logits (B, C) whose last ``nn.Linear`` computes the logits.
         head: the dotted name of that layer.
-        name: what messages call the model.
+        name: the model's name in messages.
     """
 
     def __init__(self, model: nn.Module, head: str, name: str = "model") -> None:
@@ -60,8 +61,8 @@ class SplitClassifier(nn.Module):
         self.name = name
         self._head_alone = False
         self._frozen: list[nn.Parameter] = []
-        """What :meth:`train_head_alone` has frozen."""
-        self._identity = (nn.Identity(),)  # in a tuple, so that it is no submodule
+        """The parameters that :meth:`train_head_alone` has frozen."""
+        self._identity = (nn.Identity(),)  # in a tuple, so that it is not registered as a submodule
         self._normalisations = [
             module
             for module in model.modules()
@@ -71,7 +72,7 @@ class SplitClassifier(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """Φc."""
+        """The head Φc, from the features (B, D) to the logits (B, C)."""
         head = self.model.get_submodule(self.head_name)
         assert isinstance(head, nn.Linear)
         return head
@@ -81,9 +82,9 @@ class SplitClassifier(nn.Module):
 
         Args:
             x: (B, 3, H, W) images; with ``start``, the activation that enters that cut.
-            start: leave out everything below this cut.
+            start: leave out all modules below this cut.
             until: stop at this cut.
-            features: leave out the head and return the features (B, D).
+            features: leave out the head, and return the features (B, D).
 
         Returns:
             Logits (B, C); features (B, D); or the activation that enters ``until``.
@@ -98,9 +99,12 @@ class SplitClassifier(nn.Module):
 
     @contextmanager
     def capture(self, cut: Cut, *, stop: bool = False, tape: Sized = ()) -> Iterator[list[EntryState]]:
-        """Collect what enters ``cut`` in the forward passes inside the block; with ``stop``, end them there.
+        """Collect the state of each forward pass inside the block when it reaches ``cut``.
 
-        The length of ``tape`` at that moment becomes the position.
+        Args:
+            cut: where the state is collected.
+            stop: whether to end the passes there, by an exception.
+            tape: what the pass records; its length at that moment is stored as the position.
         """
         seen: list[EntryState] = []
 
@@ -117,19 +121,19 @@ class SplitClassifier(nn.Module):
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
-        """Passes inside the block leave running statistics, and the vectors of spectral normalisations, alone; training mode
-        still uses batch statistics.
+        """Keep forward passes inside the block from updating running statistics and the vectors of spectral normalisations.
 
-        BatchNorm in training mode without tracking normalises by the batch and touches no buffer, which also lets
-        forward AD through (it refuses to update buffers in place). A spectral normalisation in evaluation mode takes the
-        singular vectors of the last pass; iterating on would make each pass of an iteration another function.
+        Training mode still normalises by the statistics of the batch. A batch normalisation in training mode that does not
+        track statistics updates no buffer in place, which also makes forward-mode AD possible. A spectral normalisation in
+        evaluation mode uses the singular vectors of its last pass; in training mode it would iterate, so that each pass of an
+        iteration would be a different function.
         """
         tracking = [module for module in self._normalisations if module.training and module.track_running_stats]
         iterating = [module for module in self._spectral if module.training]
         for module in tracking:
             module.track_running_stats = False
         for spectral in iterating:
-            spectral.training = False  # alone: what it belongs to stays in training mode
+            spectral.training = False  # not by eval(): the layer that it belongs to must stay in training mode
         try:
             yield
         finally:
@@ -139,7 +143,7 @@ class SplitClassifier(nn.Module):
                 spectral.training = True
 
     def train_head_alone(self, alone: bool = True) -> None:
-        """Freeze the backbone, whose normalisations and dropout then behave as in testing; not ``alone``: let it go on."""
+        """Freeze the backbone, whose normalisations and dropout then behave as at test time; ``alone=False`` undoes it."""
         if alone == self._head_alone:
             return
         if alone:
@@ -151,7 +155,7 @@ class SplitClassifier(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and testing; a frozen backbone stays as in testing."""
+        """Switch between training and evaluation mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self._head_alone:
             self.model.eval()
@@ -160,18 +164,18 @@ class SplitClassifier(nn.Module):
 
     @property
     def compiled(self) -> bool:
-        """Whether any part runs through ``torch.compile``."""
+        """Whether any module of the model is compiled by ``torch.compile``."""
         return any(
             module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
             for module in self.model.modules()
         )
 
     def part_parameters(self, cut: Cut | None = None, only: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters of backbone and head by name in this module.
+        """Return the trainable parameters of backbone and head, by their names in this module.
 
         Args:
-            cut: leave out everything below it.
-            only: of the backbone, only those of these modules.
+            cut: leave out the parameters below this cut.
+            only: names of modules of the backbone; leave out the parameters of all others. None: leave out none.
         """
         below = () if cut is None else tuple(f"model.{name}." for name in cut.below)
         kept = ("",) if only is None else tuple(f"model.{name}." for name in only)
@@ -183,27 +187,28 @@ class SplitClassifier(nn.Module):
         }
 
     def head_parameters(self) -> dict[str, str]:
-        """Return the head's trainable parameters: the head's own name for each, and its name in this module, which for one that
-        is tied to a parameter of the backbone is that one's.
+        """Return the names of the head's trainable parameters: from the name in the head to the name in this module.
+
+        A parameter that is tied to one of the backbone has the latter's name in this module.
         """
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return {own: names[id(p)] for own, p in self.head.named_parameters() if p.requires_grad}
 
     def backbone_parameters(self, cut: Cut | None = None, only: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
-        """Return those of :meth:`part_parameters` that the features depend on: a head's that is tied to the backbone, too."""
+        """Return those of :meth:`part_parameters` that the features depend on; the head's, if they are tied to the backbone."""
         inside = set(self.head.modules())
         used = {id(p) for module in self.model.modules() if module not in inside for p in module.parameters(recurse=False)}
         return {name: parameter for name, parameter in self.part_parameters(cut, only).items() if id(parameter) in used}
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """The device of the parameters."""
         return next(self.model.parameters()).device
 
 
 @contextmanager
 def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other modules in the named places for the length of the block."""
+    """Replace the named modules inside the block."""
     originals: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for name, replacement in replacements.items():
@@ -218,13 +223,13 @@ def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Ite
 
 
 def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: int | None = None) -> SplitClassifier:
-    """Find the head of ``model`` and check, on a dummy batch, that backbone and head together give its logits.
+    """Find the head of ``model``, and check on a dummy batch that backbone and head together compute its logits.
 
     Args:
-        model: on any device.
-        name: what messages call it.
-        image_shape: (height, width) of its images.
-        classes: C; None takes as many as the model has.
+        model: from images (B, 3, H, W) to logits (B, C), on any device.
+        name: the model's name in messages.
+        image_shape: (height, width) of its images in pixels.
+        classes: C; None: as many as the model has.
 
     Raises:
         UserError: the model does not take images of this size, or does not end in a linear layer on its features.
@@ -252,7 +257,11 @@ def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: in
 
 
 def run_on_dummy_batch(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    """Run ``model`` on a dummy batch; a UserError if it does not take images of that size."""
+    """Return the logits of ``model`` on a dummy batch of images.
+
+    Raises:
+        UserError: the model does not take images of that size, or does not return logits.
+    """
     try:
         logits = model(images)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
@@ -268,7 +277,7 @@ def _head_gives_logits(whole: SplitClassifier, images: Tensor, logits: Tensor) -
     try:
         features = whole(images, features=True)
     except (AttributeError, RuntimeError, ValueError, TypeError, IndexError):
-        return False  # the model does not do without it: it looks at the layer's weight, or at the size of what comes out
+        return False  # the model needs this layer: it reads its weight, or relies on the size of its output
     if not isinstance(features, Tensor):
         return False
     if features.dim() != 2 or features.shape[1] != whole.head.in_features:
@@ -277,7 +286,7 @@ def _head_gives_logits(whole: SplitClassifier, images: Tensor, logits: Tensor) -
 
 
 def _head_weights_matter(whole: SplitClassifier, images: Tensor) -> bool:
-    """Whether the logits are the head's with other weights in it, too: of two heads that begin with zeros either would do."""
+    """Whether the head computes the logits with other weights in it, too: with two heads of zeros either would fit at first."""
     parameters = list(whole.head.parameters())
     before = [parameter.clone() for parameter in parameters]
     try:
@@ -291,13 +300,16 @@ def _head_weights_matter(whole: SplitClassifier, images: Tensor) -> bool:
 
 
 def _check_training(whole: SplitClassifier, images: Tensor) -> None:
-    """Raise a UserError for a model that returns something else in training than in testing; leave its buffers as they are."""
+    """Raise a UserError if the model returns something other than logits in training mode; its buffers are restored."""
     before = [buffer.clone() for buffer in whole.buffers()]
     whole.model.train()
     try:
         with torch.random.fork_rng(devices=[]):
             logits = whole(images)
-    except (RuntimeError, ValueError):  # two images may be too few to normalise; the trainer looks at the run's own batch
+    except (
+        RuntimeError,
+        ValueError,
+    ):  # two images may be too few for a normalisation; the trainer checks the first batch of the run
         return
     finally:
         whole.model.eval()
@@ -308,14 +320,15 @@ def _check_training(whole: SplitClassifier, images: Tensor) -> None:
 
 
 def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) -> Cut | None:
-    """Return the cut below the top ``stages`` stages, checked on a dummy batch; None where the model is no chain there."""
+    """Return the cut below the top ``stages`` stages, checked on a dummy batch; None if the model cannot be cut there."""
     cut = find_cut(whole.model, whole.head_name, stages)
     return cut if cut is not None and _cut_works(whole, image_shape, cut) else None
 
 
 def layers_of(whole: SplitClassifier, image_shape: tuple[int, int]) -> list[Layer]:
-    """Return the backbone as layers, bottom first, every cut checked on a dummy batch: where the model cannot be cut, two
-    layers are one. A single layer: no chain at all.
+    """Return the backbone as a list of layers, bottom first, with every cut checked on a dummy batch.
+
+    Where the model cannot be cut, the two layers become one. A single layer means that it cannot be cut anywhere.
     """
     found: list[Layer] = []
     for layer in layers(whole.model, whole.head_name):
@@ -340,11 +353,11 @@ def _cut_works(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | 
             with whole.capture(cut) as seen:
                 expected = whole(images, features=True)
             if seen[0].activation._version != versions[0]:
-                return False  # overwritten in place above the cut: it could not be started from again
+                return False  # overwritten in place above the cut, so no pass could start from it
             features = whole(whole(images, until=cut), start=cut, features=True)
         return torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-        return False  # not a chain: what the model does before the cut fails on the activation
+        return False  # not a chain: code of the model before the cut fails on the activation
     finally:
         handle.remove()
         whole.train(training)
