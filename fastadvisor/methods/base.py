@@ -213,7 +213,10 @@ class Method(nn.Module):
         return (loss_B if weight is None else weight * loss_B).mean()
 
     def adjust(self, z_BC: Tensor) -> Tensor:
-        """Return the logits (B, C) to predict by at test time, given those of the classifier."""
+        """Return the logits (B, C) to predict by at test time, given those of the classifier.
+
+        The result may depend only on ``z_BC``, the settings and the facts: a finished run is tested without the method's state.
+        """
         return z_BC
 
 
