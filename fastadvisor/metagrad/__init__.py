@@ -65,13 +65,15 @@ def check_meta(config: MetaConfig, method: type[Method], *, amp: bool) -> None:
         asked_for = ("--approx-meta", config.approx_meta), ("--lean", config.lean), ("--virtual-gradient actual", behind)
         for flag, asked in asked_for:
             if asked:
-                raise UserError(f"{flag} is of the forward engine; drop it or --meta-engine reference.")
+                raise UserError(f"{flag} works with the forward engine only: drop it, or drop --meta-engine reference.")
     if config.approx_meta and config.approx_tangent == "difference" and amp:
-        raise UserError("--approx-tangent difference needs float32: add --no-amp, or take forward.")
+        raise UserError("--approx-tangent difference needs float32: add --no-amp, or use --approx-tangent forward.")
     schedule = meta_schedule(config, method)
     if method.of_one_batch and schedule != MetaSchedule(1, behind=False):
         flag = "--meta-interval" if schedule.interval > 1 else "--virtual-gradient actual"
-        raise UserError(f"{flag}: {method.__name__} weighs each batch by a meta step of its own and keeps no advisor; drop it.")
+        raise UserError(
+            f"{flag}: {method.__name__} needs a meta step for each batch and keeps no advisor between them; drop it."
+        )
 
 
 def meta_schedule(config: MetaConfig, method: type[Method]) -> MetaSchedule:
@@ -106,7 +108,9 @@ def build_engine(config: MetaConfig, model: SplitClassifier, image_shape: tuple[
 
 def _approximate(config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], execution: Execution) -> Engine:
     if config.approx_tangent == "difference" and model.device.type != "cpu":
-        raise UserError("--approx-tangent difference needs float32 in full, and a GPU convolves in TF32: take forward.")
+        raise UserError(
+            "--approx-tangent difference needs full float32, but a GPU convolves in TF32: use --approx-tangent forward."
+        )
     # Unless told otherwise, a GPU convolves in TF32, whose rounding errors are larger than the finite difference.
     rounded = execution.dtype is not None or model.device.type != "cpu"
     tangent: Tangent = config.approx_tangent if config.approx_tangent != "auto" else "forward" if rounded else "difference"
