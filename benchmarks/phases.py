@@ -62,12 +62,12 @@ def measure(setting: Setting, batch_size: int, rounds: int) -> dict[str, float]:
         [shared] = timed("shared forward (a)", partial(step.loss_pre_calculation, train))
         problem = step.meta_train.problem([shared], step.optimizer)
         virtual = timed("virtual backward (b)", partial(engine.virtual_train, problem))
-        _, g = timed("meta forward and backward (c)", partial(engine.gradient_at, step.model, virtual, meta))
-        gradients = timed("tangent pass and advisor (c)", partial(engine.to_advisor, problem, g))
+        _, g = timed("meta forward and backward (c)", partial(engine.differentiate_meta_loss, step.model, virtual, meta))
+        gradients = timed("tangent pass and advisor (c)", partial(engine.propagate_to_advisor, problem, g))
         with patch("fastadvisor.metagrad.forward.Tangents", lambda *_: nullcontext()):
-            timed("the tangent by dual numbers alone", partial(engine.to_advisor, problem, g))
+            timed("the tangent by dual numbers alone", partial(engine.propagate_to_advisor, problem, g))
         if not setting.amp:
-            timed("the tangent by a difference", partial(difference.to_advisor, problem, g))
+            timed("the tangent by a difference", partial(difference.propagate_to_advisor, problem, g))
         step.method.learn(gradients)
         assert step.advisor_optimizer is not None
         step.advisor_optimizer.step()

@@ -16,7 +16,7 @@ from fastadvisor.training.saved_run import SavedRun
 def evaluate_run(
     run: str | os.PathLike[str], *, checkpoint: str = "model", data_root: str | None = None, device: str = "auto"
 ) -> dict[str, Any]:
-    """Test the classifier of a run folder on its data set's test images.
+    """Test the classifier of a run folder on its data set's test images, with the logits adjusted as the run's method does.
 
     Args:
         run: the folder.
@@ -35,7 +35,7 @@ def evaluate_run(
     saved.weights(checkpoint)  # a checkpoint that is not there is found before the data set is read
     config, chosen, data = saved.config, pick_device(device), saved.data()
     test, size = build_test_loader(config, data, chosen)
-    model = saved.model(checkpoint, size)
+    model = saved.tested_model(checkpoint, size)
     with memory.enough(chosen), closing(test):
         result = accuracy(
             model.to(chosen),

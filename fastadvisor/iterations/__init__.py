@@ -1,4 +1,4 @@
-"""What one iteration of training consists of: one file a kind. README.md here."""
+"""The kinds of training iteration, one file for each. See README.md in this folder."""
 
 import torch
 
@@ -34,23 +34,23 @@ def build_iteration(
     clip: float | None = None,
     watch: Watch | None = None,
 ) -> Iteration:
-    """Put an iteration together.
+    """Build the kind of iteration that the method and the settings ask for.
 
     Args:
         model: the classifier.
-        method: with its advisor, if it has one.
-        optimizer: the classifier's.
-        advisor_optimizer: the advisor's, if there is one.
-        engine: computes the meta-gradient; None will do for a method without meta-parameters.
-        execution: how passes are run.
-        virtual_with_optimizer: the virtual step has the optimizer's momentum and weight decay.
-        attached: the advisor's inputs carry gradients.
-        interval: iterations from one meta step to the next.
-        behind: the advisor is one step behind.
-        lean: hold one graph at a time.
-        accumulate: micro-batches that a batch comes in.
-        clip: norm that the actual gradient is cut to; None leaves it.
-        watch: looks at the numbers before they reach a weight.
+        method: the method, with its advisor if it has one.
+        optimizer: the classifier's optimizer.
+        advisor_optimizer: the advisor's optimizer; None if the method has no advisor.
+        engine: computes the meta-gradient; may be None for a method without meta-parameters.
+        execution: runs forward and backward passes (precision, ranks, random numbers).
+        virtual_with_optimizer: whether the virtual step applies the optimizer's momentum and weight decay.
+        attached: whether the advisor's inputs carry gradients (``--advisor-inputs attached``).
+        interval: number of iterations from one meta step to the next.
+        behind: whether the advisor is one step behind (``--virtual-gradient actual``).
+        lean: whether the graph of the train batch is released during the meta step, to hold one graph at a time (``--lean``).
+        accumulate: number of micro-batches that a batch is split into.
+        clip: largest norm of the gradient of the actual step, to which longer ones are scaled down; None: no limit.
+        watch: looks for infinities and NaN before they reach a weight; None: nothing is checked.
     """
     shared_pass = SharedPass(model, execution, attached, accumulate, lean)
     update = Update(optimizer, execution, model, watch, clip, accumulate)

@@ -1,4 +1,4 @@
-"""(c) Meta-Train: the advisor learns from what its advice does to the classifier's loss on the meta batch."""
+"""(c) Meta-Train of Algorithm 1 (section 3.6): update the advisor by the effect of its advice on the meta loss."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ from fastadvisor.runtime.update import Update
 
 @dataclass
 class MetaTrain:
-    """How and when the meta-parameters learn."""
+    """Updates the meta-parameters θ, every ``interval``-th iteration."""
 
     model: SplitClassifier
     method: Method
@@ -24,18 +24,18 @@ class MetaTrain:
     update: Update
     """Takes the advisor's steps."""
     virtual_with_optimizer: bool = False
-    """The virtual step has the optimizer's momentum and weight decay."""
+    """Whether the virtual step applies the optimizer's momentum and weight decay."""
     attached: bool = False
-    """The advisor's inputs carry gradients (``--advisor-inputs attached``)."""
+    """Whether the advisor's inputs carry gradients (``--advisor-inputs attached``)."""
     interval: int = 1
-    """A meta step every ``interval``-th iteration."""
+    """Number of iterations from one meta step to the next."""
 
     def problem(self, shared: list[SharedForward], optimizer: torch.optim.Optimizer) -> MetaProblem:
-        """Return what the meta step starts from.
+        """Return everything that the meta step starts from: forward passes, advice and virtual step.
 
         Args:
-            shared: the forward pass on the train batch, or those of its micro-batches.
-            optimizer: the classifier's, for the rates of the virtual step.
+            shared: the forward pass on the train batch, or one for each of its micro-batches.
+            optimizer: the classifier's optimizer, which holds the learning rates of the virtual step.
         """
         step = VirtualStep.of(optimizer, self.model, with_optimizer=self.virtual_with_optimizer)
         parts = tuple(
@@ -45,12 +45,15 @@ class MetaTrain:
         return parts[0] if len(parts) == 1 else replace(parts[0], parts=parts)
 
     def __call__(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> Tensor | None:
-        """θ ← Adam(θ, ∇θ Lmeta(w')); return the meta loss, None where something was not finite and the step is left out.
+        """Take the meta step θ ← Adam(θ, ∇θ Lmeta(w')).
 
         Args:
             problem: what the virtual step started from.
-            virtual: w' by parameter name.
+            virtual: the virtual weights w' by parameter name.
             meta: the meta batch.
+
+        Returns:
+            The meta loss Lmeta(w'), a detached scalar; None if the step was skipped because a value was not finite.
         """
         loss, gradients = self.engine.meta_gradient(problem, virtual, meta)
         names = self.method.meta_parameter_names()
@@ -68,11 +71,11 @@ class MetaTrain:
         return loss if self.update.step(values, lambda: named, before=learn) else None
 
     def parts(self) -> dict[str, Part]:
-        """Return what a checkpoint holds of it, by name."""
+        """Return, by name, the parts of the meta step that a checkpoint saves."""
         optimizer = self.update.optimizer
         own: dict[str, Part] = {} if optimizer is None else {"advisor_optimizer": Optimizer(optimizer)}
         return {**own, "engine": self.engine}
 
     def capturable(self) -> str | None:
-        """Return why an iteration with a meta step cannot be captured in a CUDA graph, as a clause; None if it can."""
+        """Return, as a clause, why an iteration with a meta step cannot be recorded as a CUDA graph; None if it can."""
         return self.engine.capturable()

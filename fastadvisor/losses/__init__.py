@@ -1,4 +1,4 @@
-"""Losses as pure functions: logits and labels in, one loss a sample out. README.md here."""
+"""Losses as pure functions: from logits and labels to one loss for each sample. See README.md in this folder."""
 
 from fastadvisor.losses.balanced_softmax import balanced_softmax
 from fastadvisor.losses.class_balanced import class_balanced_weights

@@ -1,4 +1,4 @@
-"""Label-distribution-aware margins (Cao et al. 2019): rare classes are to be separated by more."""
+"""Label-distribution-aware margins (Cao et al. 2019): the rarer a class, the larger the margin it is separated by."""
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -7,14 +7,14 @@ from fastadvisor.losses.wide import at_least_float32
 
 
 def ldam(cosine_BC: Tensor, labels: Tensor, counts: Tensor, largest: float = 0.5, scale: float = 30.0) -> Tensor:
-    """Return the cross-entropy of s (cos − m_y e_y), (B,): the label's margin is taken off its own logit.
+    """Return the cross-entropy of s (cos − m_y e_y), (B,), in float32 or wider: the label's logit is reduced by its margin.
 
     Args:
-        cosine_BC: (B, C) cosines between features and class weights.
+        cosine_BC: (B, C) cosines between features and class weights, of any floating dtype.
         labels: (B,) int64.
-        counts: (C,) training samples of each class.
+        counts: n (C,), the number of training samples of each class; 0 counts as 1.
         largest: margin of the rarest class.
-        scale: s.
+        scale: s, the factor of all logits.
     """
     cosine_BC = at_least_float32(cosine_BC)
     off_BC = one_hot(labels, cosine_BC.shape[1]) * margins(counts, largest).to(cosine_BC)
@@ -22,6 +22,6 @@ def ldam(cosine_BC: Tensor, labels: Tensor, counts: Tensor, largest: float = 0.5
 
 
 def margins(counts: Tensor, largest: float = 0.5) -> Tensor:
-    """Return m_c ∝ n_c^(−1/4), (C,) float64, the largest of them ``largest``; no samples count as one."""
+    """Return the margins m_c ∝ n_c^(−1/4), (C,) float64, the largest of which is ``largest``; a count of 0 counts as 1."""
     raw = counts.double().clamp_min(1) ** -0.25
     return largest * raw / raw.max()

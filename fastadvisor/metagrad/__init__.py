@@ -1,4 +1,4 @@
-"""The meta-gradient: how the advisor learns from what its advice did to the classifier. Derivation: README.md here."""
+"""The meta-gradient: how the advisor learns from the effect of its advice. Derivation: README.md in this folder."""
 
 from typing import NamedTuple
 
@@ -41,49 +41,59 @@ APPROX_INTERVAL = 2
 
 
 class MetaSchedule(NamedTuple):
-    """When a meta step is taken, and after what."""
+    """In which iterations a meta step is taken, and at which point of them."""
 
     interval: int
-    """Every so many iterations."""
+    """Number of iterations from one meta step to the next."""
     behind: bool
-    """After the actual step's gradient, with the advisor one step behind."""
+    """Whether the meta step comes after the gradient of the actual step, so that the advisor is one step behind."""
 
 
 def check_meta(config: MetaConfig, method: type[Method], *, amp: bool) -> None:
-    """Find out from the settings alone, before any data is read, whether they exclude each other.
+    """Check the settings of the meta-gradient against each other, before any data is read.
+
+    Args:
+        config: the meta-gradient's settings.
+        method: the class of the method that is to be trained.
+        amp: whether passes run in mixed precision.
 
     Raises:
-        UserError: they do.
+        UserError: two of the settings exclude each other.
     """
     if config.meta_engine == "reference":
-        behind = config.virtual_gradient == "actual"  # whose graph is gone before the meta step
+        behind = config.virtual_gradient == "actual"  # its graph is freed before the meta step
         asked_for = ("--approx-meta", config.approx_meta), ("--lean", config.lean), ("--virtual-gradient actual", behind)
         for flag, asked in asked_for:
             if asked:
-                raise UserError(f"{flag} is of the forward engine; drop it or --meta-engine reference.")
+                raise UserError(f"{flag} works with the forward engine only: drop it, or drop --meta-engine reference.")
     if config.approx_meta and config.approx_tangent == "difference" and amp:
-        raise UserError("--approx-tangent difference needs float32: add --no-amp, or take forward.")
+        raise UserError("--approx-tangent difference needs float32: add --no-amp, or use --approx-tangent forward.")
     schedule = meta_schedule(config, method)
     if method.of_one_batch and schedule != MetaSchedule(1, behind=False):
         flag = "--meta-interval" if schedule.interval > 1 else "--virtual-gradient actual"
-        raise UserError(f"{flag}: {method.__name__} weighs each batch by a meta step of its own and keeps no advisor; drop it.")
+        raise UserError(
+            f"{flag}: {method.__name__} needs a meta step for each batch and keeps no advisor between them; drop it."
+        )
 
 
 def meta_schedule(config: MetaConfig, method: type[Method]) -> MetaSchedule:
-    """Return when ``config`` takes meta steps of ``method``."""
+    """Return when ``config`` asks for a meta step, with a method of the class ``method``."""
     approximate = config.approx_meta and not method.of_one_batch
     interval = config.meta_interval or (APPROX_INTERVAL if approximate else 1)
     return MetaSchedule(interval, config.virtual_gradient == "actual" or (config.virtual_gradient == "auto" and approximate))
 
 
 def build_engine(config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], execution: Execution) -> Engine:
-    """Return the engine ``config`` asks for.
+    """Build the engine that ``config`` asks for.
 
     Args:
         config: the meta-gradient's settings.
         model: the classifier, on its device.
-        image_shape: (height, width) of its images, to try where it can be cut.
-        execution: how passes are run.
+        image_shape: (height, width) in pixels of the dummy images on which possible cuts of the model are tried.
+        execution: runs forward and backward passes (precision, ranks, random numbers).
+
+    Raises:
+        UserError: ``--approx-tangent difference`` is asked for on a device other than the CPU.
     """
     if config.meta_engine == "reference":
         return ReferenceEngine(execution)
@@ -98,8 +108,10 @@ def build_engine(config: MetaConfig, model: SplitClassifier, image_shape: tuple[
 
 def _approximate(config: MetaConfig, model: SplitClassifier, image_shape: tuple[int, int], execution: Execution) -> Engine:
     if config.approx_tangent == "difference" and model.device.type != "cpu":
-        raise UserError("--approx-tangent difference needs float32 in full, and a GPU convolves in TF32: take forward.")
-    # A GPU convolves in TF32 unless told otherwise, whose rounding is longer than the difference.
+        raise UserError(
+            "--approx-tangent difference needs full float32, but a GPU convolves in TF32: use --approx-tangent forward."
+        )
+    # Unless told otherwise, a GPU convolves in TF32, whose rounding errors are larger than the finite difference.
     rounded = execution.dtype is not None or model.device.type != "cpu"
     tangent: Tangent = config.approx_tangent if config.approx_tangent != "auto" else "forward" if rounded else "difference"
     if config.approx_layers == "all":

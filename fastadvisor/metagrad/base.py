@@ -1,6 +1,6 @@
-"""What the engines share: what a meta step starts from, and one signature.
+"""What all engines have in common: the state that a meta step starts from, and the interface.
 
-Symbols are those of README.md in this folder.
+The symbols are explained in README.md in this folder.
 """
 
 from abc import ABC, abstractmethod
@@ -20,82 +20,97 @@ from fastadvisor.models import SplitClassifier
 
 @dataclass
 class MetaProblem:
-    """All that a meta step starts from."""
+    """Everything that a meta step starts from."""
 
     model: SplitClassifier
     method: Method
     shared: SharedForward
+    """The forward pass on the train batch."""
     advice: Advice
-    """With its graph to the advisor's parameters."""
+    """The advice on the train batch, with its graph to the advisor's parameters."""
     step: VirtualStep
+    """Takes the virtual step."""
     attached: bool = False
-    """Whether the advice has a graph to the features and the loss it was given, and moves with them."""
-    stepped: bool = False
-    """Whether the virtual weights are the actual step's, of all layers, and the graph has been used up by it."""
+    """Whether the advice also depends on w, through a graph to the features and losses that the advisor was given."""
+    uses_actual_step: bool = False
+    """Whether the virtual weights come from the gradient of the actual step, whose backward pass has freed the graph of the
+    train batch. They then cover all layers, whatever layers the engine counts."""
     parts: tuple["MetaProblem", ...] = ()
-    """With gradient accumulation, the micro-batches; what stands above is then the first one's."""
+    """With gradient accumulation, one problem for each micro-batch; the fields above are then those of the first."""
 
     def micro_batches(self) -> tuple["MetaProblem", ...]:
-        """Return the parts, equally large, whose mean losses average to the batch's."""
+        """Return the micro-batches, which are equally large: the mean of their losses is the loss of the batch."""
         return self.parts or (self,)
 
     def training_advice(self) -> Advice:
-        """Return the advice as the training loss takes it when its gradient for the classifier is wanted."""
+        """Return the advice to use in a training loss that is differentiated with respect to the classifier's weights."""
         if not self.attached:
             return self.advice.detach()
-        if self.shared.renewals:  # the advice hangs on the graph that was let go
+        if self.shared.restorations:  # self.advice has a graph to features that were released and recomputed since
             return self.shared.advice_of(self.method, attached=True)
         return self.advice
 
 
 class MetaGradient(NamedTuple):
-    """What a meta step gives."""
+    """What an engine returns from a meta step."""
 
     loss: Tensor
-    """Lmeta(w'), a detached scalar."""
+    """Lmeta(w'), a detached scalar: the mean over this rank's meta images."""
     gradients: tuple[Tensor, ...]
-    """∇θ Lmeta, in the order of the advisor's parameters."""
+    """∇θ Lmeta(w'), in the order and the shapes of ``Method.meta_parameters``."""
 
 
 class Engine(ABC):
-    """The signature of every way to the meta-gradient."""
+    """The interface of every way to compute the meta-gradient."""
 
     @abstractmethod
     def plan(self) -> Plan:
-        """Say, before the shared forward pass of an iteration with a meta step, what it is to keep."""
+        """Return what the coming forward pass on the train batch must keep for the engine.
+
+        Called once before that pass, in every iteration with a meta step.
+        """
 
     @abstractmethod
     def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
-        """Return the virtual weights w' by parameter name: of all layers that count."""
+        """Return the virtual weights w' by parameter name, of the layers that count in this engine."""
 
     @abstractmethod
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
-        """Return Lmeta at the virtual weights, which may be more than count, and its gradient for the advisor."""
+        """Return Lmeta(w') and ∇θ Lmeta(w').
+
+        Args:
+            problem: what the meta step starts from.
+            virtual: w' by parameter name; may hold more layers than count in this engine.
+            meta: the meta batch.
+        """
 
     @abstractmethod
     def describe(self) -> str:
-        """Say in a few words how it is computed."""
+        """Return a few words on how the engine computes the meta-gradient."""
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return the optimizers of what the engine itself learns: most learn nothing."""
+        """Return the optimizers of the engine's own parameters; most engines have none."""
         return []
 
     def learn(self) -> None:  # noqa: B027 (most learn nothing)
-        """Take the steps of :meth:`optimizers` by what the last meta-gradient has left, which is known to be finite."""
+        """Step :meth:`optimizers` by the gradients that :meth:`meta_gradient` has left, which are known to be finite."""
 
     def capturable(self) -> str | None:
-        """Return why an iteration with a meta step cannot be recorded as a CUDA graph; None if it can."""
+        """Return, as a clause, why an iteration with a meta step cannot be recorded as a CUDA graph; None if it can."""
         return None
 
     def graph_kind(self) -> Hashable | None:
-        """Return what tells the next meta step's operations from others'; None if the host reads something in it."""
+        """Return a key of the operations in the next meta step: steps with equal keys can replay one CUDA graph.
+
+        None if the host reads a number from the device in that step, which a graph cannot do.
+        """
         return ()
 
     def count(self, by: int) -> None:  # noqa: B027 (most count nothing)
-        """Count ``by`` meta steps that a graph's replay has taken."""
+        """Count ``by`` meta steps that were taken by replaying a CUDA graph, which does not run the engine's code."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on as if nothing had happened."""
+        """Return the state that a checkpoint saves, so that a resumed run continues exactly."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have no state)

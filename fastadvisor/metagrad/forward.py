@@ -1,9 +1,10 @@
-"""The exact meta-gradient from one forward-mode pass; with a part of the backbone, the same through that part only.
+"""The exact meta-gradient from one forward-mode pass, through the whole backbone or through a part of it.
 
     ∇θ Lmeta = −α ∇θ ⟨g, ∇w L(w; θ)⟩ = −α ∇θ L̇,   L̇ = d/dε L(w + ε g; θ) at ε = 0,   g = ∇w' Lmeta(w')
 
-θ enters L behind the features only, so a forward-mode pass of the backbone gives ḟ = J gb, and the rest is a small closed
-form that an ordinary backward takes to θ. Nothing is differentiated twice. Derivation and cost: README.md here.
+θ enters L only behind the features. So a forward-mode pass of the backbone gives ḟ = J gb (gb: the part of g that belongs to
+the backbone), L̇ is a small closed form of ḟ, and an ordinary backward pass takes its gradient to θ. Nothing is differentiated
+twice. Derivation and cost: README.md in this folder.
 """
 
 import warnings
@@ -20,79 +21,100 @@ from torch.nn.functional import cross_entropy
 
 from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad.base import Engine, MetaGradient, MetaProblem
-from fastadvisor.metagrad.head_tangent import Dual, HeadTangent, loss_tangent, training_loss_tangent, without_forward_mode
+from fastadvisor.metagrad.head_tangent import (
+    Dual,
+    HeadTangent,
+    cross_entropy_tangent,
+    forward_mode_error,
+    training_loss_tangent,
+)
 from fastadvisor.metagrad.shared_pass import Plan, SharedForward
 from fastadvisor.metagrad.tangent import Tangents
 from fastadvisor.methods.base import Advice, Seen
 from fastadvisor.models import Cut, SplitClassifier
 from fastadvisor.runtime.execution import Execution
 
-# torch scripts some of its own forward-mode formulas on first use, and tells the user that scripting is deprecated.
-for kind in (FutureWarning, DeprecationWarning):  # torch 2.14's, and 2.11's
+# torch scripts some of its own forward-mode formulas on first use, and then warns the user that scripting is deprecated.
+for kind in (FutureWarning, DeprecationWarning):  # in torch 2.14 and in torch 2.11
     warnings.filterwarnings("ignore", message=".*torch.jit.script. is deprecated", category=kind)
 
 Tangent = Literal["forward", "difference"]
 
 DIFFERENCE_STEP = 1e-5
-"""Length of a finite difference, over the length of the weights. Longer ones cross more kinks of the rectifiers, shorter ones
-drown in float32 rounding. Mean relative error of the meta-gradient: 0.002; 0.006 at 1e-4 (docs/results/approximation.md)."""
+"""Norm of the finite-difference step, divided by the norm of the weights. A longer step crosses more kinks of the ReLUs, a
+shorter one drowns in float32 rounding. Mean relative error of the meta-gradient: 0.002; with 1e-4 it is 0.006
+(docs/results/approximation.md)."""
 
 
 @dataclass
 class ForwardEngine(Engine):
-    """Forward over reverse. Exact as it stands; with ``cut`` or ``only``, all other layers count as constants."""
+    """Forward over reverse mode. A layer *counts* if the meta-gradient passes through its weights; all others are constants.
+
+    By default all layers count, and the meta-gradient is exact. The head always counts.
+    """
 
     execution: Execution
+    """Runs forward and backward passes."""
     cut: Cut | None = None
-    """Nothing below it counts."""
+    """Layers below this cut do not count; None: there is no cut."""
     only: tuple[str, ...] | None = None
-    """Modules that count, above the cut, next to the head; None: all."""
+    """Names of the backbone's modules above the cut that count; None: all of them."""
     tangent: Tangent = "forward"
-    """ḟ by a forward-mode pass, or as (f(w + ε g) − f(w)) / ε: one plain forward pass, near enough in float32."""
+    """How ḟ is computed: "forward" by a forward-mode pass; "difference" as (f(w + ε g) − f(w)) / ε, which takes one plain
+    forward pass, and is accurate enough in float32 only."""
 
     def describe(self) -> str:
-        """Say how."""
+        """Return a few words on how the engine computes the meta-gradient."""
         part = "exact" if self.cut is None else f"through the layers from {self.cut.entry} up"
         return part if self.tangent == "forward" else f"{part}, tangents by differences".replace("exact", "all layers")
 
     def plan(self) -> Plan:
-        """Ask for the activation at the cut, and for the outputs the tangent pass would compute again."""
+        """Ask for the activation at the cut, and for the outputs that the tangent pass can reuse."""
         return Plan(self.cut, record=self.tangent == "forward")
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, Tensor]:
-        """Return w' as constants, of the layers that count."""
+        """Return w' of the layers that count, by parameter name, without a graph to θ."""
         model, shared, method = problem.model, problem.shared, problem.method
         parameters = model.part_parameters(self.cut, self.only)
-        if method.of_one_batch:  # weights of 0 make a gradient of 0
-            shared.release()
+        if method.of_one_batch:  # its sample weights are 0 here, and so is the gradient
+            shared.release_graph()
             return problem.step.apply(parameters, tuple(torch.zeros_like(p) for p in parameters.values()))
         gradients = self.execution.gradients(
             problem.micro_batches(),
             self._training_loss,
             list(parameters.values()),
-            retain_graph=shared.again is None,  # the backbone's graph still has the actual step to serve
-            done=lambda part: part.shared.release(),
+            retain_graph=shared.recompute is None,  # the actual step needs the graph, too
+            done=lambda part: part.shared.release_graph(),
         )
         return problem.step.apply(parameters, gradients)
 
     def _training_loss(self, part: MetaProblem) -> Tensor:
         shared = part.shared
-        shared.restore()
-        with self.execution(), shared.head_again(part.model):
+        shared.restore_graph()
+        with self.execution(), shared.replaying_head(part.model):
             return part.method.loss(shared.features, shared.batch, part.model.head, part.training_advice())
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, Tensor], meta: Batch) -> MetaGradient:
-        """Return Lmeta(w') and its gradient. ``virtual`` may hold more weights than those that count."""
-        loss, gradient = self.gradient_at(problem.model, virtual, meta, len(problem.micro_batches()))
-        return MetaGradient(loss, self.to_advisor(problem, gradient))
+        """Return Lmeta(w') and ∇θ Lmeta(w'). ``virtual`` may hold more layers than those that count."""
+        loss, gradient = self.differentiate_meta_loss(problem.model, virtual, meta, len(problem.micro_batches()))
+        return MetaGradient(loss, self.propagate_to_advisor(problem, gradient))
 
-    def gradient_at(
+    def differentiate_meta_loss(
         self, model: SplitClassifier, virtual: dict[str, Tensor], meta: Batch, parts: int = 1
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return Lmeta(w') of this rank's meta images, taken in so many ``parts``, and g = ∇w' Lmeta(w') of the layers that
-        count, of all ranks' images.
+        """Compute Lmeta(w') and g = ∇w' Lmeta(w').
+
+        Args:
+            model: the classifier.
+            virtual: w' by parameter name.
+            meta: this rank's meta batch.
+            parts: number of micro-batches that ``meta`` is split into.
+
+        Returns:
+            Lmeta(w') on this rank's images, a detached scalar; and g by parameter name, of the layers that count, averaged
+            over all ranks.
         """
-        values, weights = self.weights_at(model, virtual)
+        values, weights = self.prepare_virtual_weights(model, virtual)
         losses: list[Tensor] = []
 
         def loss_of(part: Batch) -> Tensor:
@@ -105,13 +127,15 @@ class ForwardEngine(Engine):
         gradient = self.execution.gradients(meta.split(parts), loss_of, list(weights.values()), done=forget)
         return torch.stack(losses).mean(), dict(zip(weights, gradient, strict=True))
 
-    def weights_at(self, model: SplitClassifier, virtual: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return w' as constants but for those that count, and these alone."""
+    def prepare_virtual_weights(
+        self, model: SplitClassifier, virtual: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return all of w', detached, and those of the layers that count, which require gradients and are in both results."""
         values = {name: weight.detach() for name, weight in virtual.items()}
         return values, {name: values[name].requires_grad_() for name in model.part_parameters(self.cut, self.only)}
 
     def meta_loss(self, model: SplitClassifier, values: dict[str, Tensor], meta: Batch) -> Tensor:
-        """Return Lmeta at the weights ``values``."""
+        """Return the meta loss, a scalar: the plain cross-entropy on ``meta``, with the weights ``values`` in the model."""
         with model.frozen_statistics(), self.execution():
             entering = meta.images
             if self.cut is not None:
@@ -120,43 +144,51 @@ class ForwardEngine(Engine):
             logits = functional_call(model, values, (entering,), {"start": self.cut})
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
 
-    def to_advisor(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Return −α ∇θ L̇ for the direction ``gradient``."""
-        gradient = problem.step.scaled(gradient)
+    def propagate_to_advisor(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Return the meta-gradient −α ∇θ L̇, where L̇ is the derivative of the training loss along ``gradient``.
+
+        Args:
+            problem: what the meta step starts from.
+            gradient: g by parameter name.
+
+        Raises:
+            UserError: the backbone or the head has an operation without a forward-mode derivative.
+        """
+        gradient = problem.step.scale_by_rates(gradient)
         return self.execution.gradients(
             problem.micro_batches(),
-            lambda part: -problem.step.lr * self._tangent_loss(part, gradient),
+            lambda part: -problem.step.lr * self._training_loss_tangent(part, gradient),
             problem.method.meta_parameters(),
-            average=not problem.method.of_one_batch,  # whose parameters are those of this rank's samples
-            retain_graph=True,  # the advice may be judged by a second engine; its graph is the advisor's alone, and small
+            average=not problem.method.of_one_batch,  # otherwise the meta-parameters belong to this rank's samples alone
+            retain_graph=True,  # a second engine may need the advice's graph; it holds the advisor only, and is small
         )
 
-    def _tangent_loss(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> Tensor:
+    def _training_loss_tangent(self, problem: MetaProblem, gradient: dict[str, Tensor]) -> Tensor:
         model, shared = problem.model, problem.shared
-        if self.plan().record and shared.for_tangent:
-            shared.restore()  # now, so that the tangent pass finds its tape
-        tangent = (self._tangent if self.tangent == "forward" else self._difference)(model, shared, gradient)
+        if self.plan().record and shared.restore_before_tangent:
+            shared.restore_graph()  # before the tangent pass, which uses the tape
+        tangent = (self._forward_tangent if self.tangent == "forward" else self._difference_tangent)(model, shared, gradient)
         features = Dual(shared.features.detach(), tangent)
-        # A trainable parameter without a direction would be our mistake, and a wrong gradient: a KeyError here.
+        # A trainable parameter without a direction would give a wrong gradient, so it must be a KeyError here.
         direction = {own: gradient[name] for own, name in model.head_parameters().items()}
-        advice, moved = problem.advice, None
+        advice, advice_tangent = problem.advice, None
         if problem.attached:
-            advice, moved = self._moving_advice(problem, features, direction)
-        with shared.head_again(model):
-            return training_loss_tangent(problem.method, features, shared.batch, model.head, direction, advice, moved)
+            advice, advice_tangent = self._advise_with_tangent(problem, features, direction)
+        with shared.replaying_head(model):
+            return training_loss_tangent(problem.method, features, shared.batch, model.head, direction, advice, advice_tangent)
 
-    def _tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
-        """Return ḟ (B, D), the features' derivative along ``gradient``, by one forward-mode pass that stores nothing.
+    def _forward_tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
+        """Return ḟ (B, D), the derivative of the features along ``gradient``, by a forward-mode pass, which stores no graph.
 
-        Every parameter that counts becomes dual, normalisations' affine ones included: under autocast a BatchNorm with
-        constant affine parameters may emit a float32 tangent, which the next convolution rejects.
+        All parameters of the layers that count become dual numbers, also the affine ones of normalisations: under autocast a
+        batch normalisation with constant affine parameters may return a float32 tangent, which the next convolution rejects.
         """
-        parameters, entering = model.part_parameters(self.cut, self.only), shared.entering(self.cut)
+        parameters, entering = model.part_parameters(self.cut, self.only), shared.entry_state(self.cut)
         scale = None
-        if self.execution.dtype is torch.float16:  # as long as the weights, or it would be rounded to 0
-            scale = _length(list(parameters.values())) / _length([gradient[name] for name in parameters])
+        if self.execution.dtype is torch.float16:  # scaled to the norm of the weights, or float16 would round it to 0
+            scale = _joint_norm(list(parameters.values())) / _joint_norm([gradient[name] for name in parameters])
             gradient = {name: scale * gradient[name] for name in parameters}
-        # Of the attention kernels only the plain one has a forward-mode formula.
+        # Of torch's attention kernels only the plain one (MATH) has a forward-mode formula.
         with (
             torch.no_grad(),
             forward_ad.dual_level(),
@@ -170,21 +202,23 @@ class ForwardEngine(Engine):
                 with self.execution(), Tangents(shared.tape, entering.position):
                     dual = functional_call(model, duals, (entering.activation,), {"start": self.cut, "features": True})
             except NotImplementedError as error:
-                raise without_forward_mode(f"The backbone of {model.name}", error) from None
+                raise forward_mode_error(f"The backbone of {model.name}", error) from None
             tangent = forward_ad.unpack_dual(dual).tangent
-        # No tangent at all: the features do not depend on anything that counts.
+        # No tangent: the features do not depend on any parameter that counts.
         if tangent is None:
             return torch.zeros_like(shared.features)
         return tangent if scale is None else tangent.float() / scale
 
-    def _difference(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
-        """Return ḟ (B, D) to the first order in the step ε."""
-        parameters = model.backbone_parameters(self.cut, self.only)  # the head's may be the longest part of the direction
-        entering = shared.entering(self.cut)
+    def _difference_tangent(self, model: SplitClassifier, shared: SharedForward, gradient: dict[str, Tensor]) -> Tensor:
+        """Return ḟ (B, D), the derivative of the features along ``gradient``, by a finite difference."""
+        parameters = model.backbone_parameters(
+            self.cut, self.only
+        )  # without the head, which may hold most of the direction's norm
+        entering = shared.entry_state(self.cut)
         if not parameters:
             return torch.zeros_like(shared.features)
         weights, directions = [p.detach() for p in parameters.values()], [gradient[name] for name in parameters]
-        step = DIFFERENCE_STEP * _length(weights) / _length(directions)
+        step = DIFFERENCE_STEP * _joint_norm(weights) / _joint_norm(directions)
         moved = torch._foreach_add(weights, torch._foreach_mul(directions, step))
         with torch.no_grad(), entering.random_state.replayed(), model.frozen_statistics(), self.execution():
             values = dict(zip(parameters, moved, strict=True))
@@ -192,11 +226,15 @@ class ForwardEngine(Engine):
         return (features - shared.features.detach()) / step
 
     @staticmethod
-    def _moving_advice(problem: MetaProblem, f: Dual, direction: HeadTangent) -> tuple[Advice, Advice]:
-        """Return the advice with its graph to θ alone, and its tangent along the inputs' own: the advisor sees duals."""
+    def _advise_with_tangent(problem: MetaProblem, f: Dual, direction: HeadTangent) -> tuple[Advice, Advice]:
+        """Run the advisor on dual numbers, for advice that depends on w through the advisor's inputs.
+
+        Returns:
+            The advice, with its graph to θ only; and its tangent along those of the features and of ℓpre.
+        """
         shared = problem.shared
-        with torch.no_grad(), shared.head_again(problem.model):
-            loss_dot = loss_tangent(f, shared.batch.labels, problem.model.head, direction)
+        with torch.no_grad(), shared.replaying_head(problem.model):
+            loss_dot = cross_entropy_tangent(f, shared.batch.labels, problem.model.head, direction)
         with forward_ad.dual_level():
             features = forward_ad.make_dual(f.primal, f.tangent.to(f.primal.dtype))
             loss_pre = shared.loss_pre.detach()
@@ -207,7 +245,7 @@ class ForwardEngine(Engine):
         return primal, Advice(**{name: part.tangent for name, part in parts.items()})
 
 
-def _length(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of ``tensors`` taken together, not quite 0."""
+def _joint_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of the concatenation of ``tensors``, bounded away from 0 so that one can divide by it."""
     length = torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors])).norm()
     return length.clamp_min(torch.finfo(length.dtype).tiny ** 0.5)

@@ -1,4 +1,4 @@
-"""The derivative of a method's training loss along a direction, behind the features: what the forward-mode pass hands over to.
+"""The derivative of a method's training loss along a direction, behind the features: the last part of the tangent pass.
 
 Shapes: B samples, D features, C classes; ``f`` features, ``u`` mask and ``v`` equalisation before the sigmoid.
 """
@@ -20,11 +20,12 @@ from fastadvisor.models import is_plain_linear
 from fastadvisor_kernels import mes_cross_entropy, reweight_dual, tangent_loss
 
 HeadTangent = Mapping[str, Tensor]
-"""The direction in the head's parameters, by the head's own names for them. A frozen parameter has none; any other must."""
+"""The direction in the head's parameters, by their names in the head. Every trainable parameter must have one; frozen ones have
+none."""
 
 
 class Dual(NamedTuple):
-    """A primal value and its tangent, such as the features (B, D) and ḟ."""
+    """A primal value and its tangent, of one shape, such as the features f (B, D) and ḟ."""
 
     primal: Tensor
     tangent: Tensor
@@ -39,23 +40,31 @@ def training_loss_tangent(
     advice: Advice,
     advice_tangent: Advice | None = None,
 ) -> Tensor:
-    """Return L̇, the derivative of ``method.loss`` along a direction (ḟ, head_tangent): a scalar that the advisor's
-    parameters reach, so that a first-order backward through it gives the meta-gradient (README.md here).
+    """Return L̇, the derivative of ``method.loss`` along the direction (ḟ, head_tangent).
 
-    Closed form for the loss of :class:`Method`; a subclass with another loss gets a double backward through its few
-    operations behind the features, the same value at a higher price. ``advice_tangent``: where the advice moves along
-    the direction too, because the advisor's inputs are not constants.
+    L̇ is a scalar with a graph to the advisor's parameters, so one ordinary backward pass from it gives the meta-gradient
+    (README.md in this folder). For the loss of :class:`Method` it is a closed form. For a subclass with another loss it is a
+    double backward through the few operations behind the features: the same value, but more expensive.
+
+    Args:
+        method: the method whose loss it is.
+        f: the features (B, D) and their tangent.
+        batch: the labels (B,) and ids (B,).
+        head: the classifier's head.
+        head_tangent: the direction in the head's parameters.
+        advice: the advice on the batch, with its graph to the advisor's parameters.
+        advice_tangent: the advice's tangent, if it changes along the direction because the advisor's inputs are attached.
 
     Raises:
         UserError: the head has an operation without a forward-mode derivative.
     """
     kind = type(method)
     closed = kind.loss is Method.loss and kind.sample_losses is Method.sample_losses
-    function = closed_tangent if closed else double_backward_tangent
+    function = closed_form_tangent if closed else double_backward_tangent
     return function(method, f, batch, head, head_tangent, advice, advice_tangent or Advice())
 
 
-def closed_tangent(
+def closed_form_tangent(
     method: Method,
     f: Dual,
     batch: Batch,
@@ -64,8 +73,10 @@ def closed_tangent(
     advice: Advice,
     advice_tangent: Advice,
 ) -> Tensor:
-    """L̇ = mean_i ( w_i (Σ_k p̃_k (ż_k + ȧ_k) − ż_y) + ẇ_i ℓ_i ), ż = W ḣ + Ẇ h + ḃ, ȧ_k = ∂a_k/∂v_k v̇_k; in the dtype of
-    the head's parameters. ȧ and ẇ only where the advice moves.
+    """Return L̇ = mean_i ( w_i (Σ_k p̃_k (ż_k + ȧ_k) − ż_y) + ẇ_i ℓ_i ), in the dtype of the head's parameters.
+
+    Here ż = W ḣ + Ẇ h + ḃ for a plain linear head, and ȧ_k = ∂a_k/∂v_k v̇_k. ȧ and ẇ, the tangents of the equalisation's term
+    and of the sample weights, are 0 without ``advice_tangent``. Arguments as for :func:`training_loss_tangent`.
     """
     dtype, labels = next(head.parameters()).dtype, batch.labels
     mask, equalisation, weight = (advice.get(name) for name in ("mask", "equalisation", "weight"))
@@ -77,7 +88,7 @@ def closed_tangent(
         if mask_dot is not None:
             gate = torch.sigmoid(mask)
             h_dot = h_dot + gate * (1 - gate) * mask_dot * f.primal.to(dtype)
-    z, z_dot = logits(head, h, h_dot, head_tangent)
+    z, z_dot = logits_with_tangent(head, h, h_dot, head_tangent)
     loss_dot = tangent_loss(z, z_dot, equalisation, labels, advice.beta, equalisation_dot)
     if weight is None:
         return loss_dot.mean()
@@ -87,18 +98,21 @@ def closed_tangent(
     return loss_dot.mean()
 
 
-def loss_tangent(f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent) -> Tensor:
-    """Return the tangent of the plain cross-entropy per sample (B,): Σ_k p_k ż_k − ż_y."""
+def cross_entropy_tangent(f: Dual, labels: Tensor, head: nn.Linear, head_tangent: HeadTangent) -> Tensor:
+    """Return the tangent Σ_k p_k ż_k − ż_y of the plain cross-entropy of each sample, (B,)."""
     dtype = next(head.parameters()).dtype
-    z, z_dot = logits(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
+    z, z_dot = logits_with_tangent(head, f.primal.to(dtype), f.tangent.to(dtype), head_tangent)
     return tangent_loss(z, z_dot, None, labels)
 
 
-def logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:
+def logits_with_tangent(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent) -> Dual:
     """Return z = Φc(h) (B, C) and its tangent ż along (ḣ, head_tangent), both differentiable in h and ḣ.
 
-    ż = W ḣ + Ẇ h + ḃ for a plain linear layer; for any other head (a cosine classifier, one with weight or spectral
-    normalisation, one with hooks) a forward-mode pass through the head itself.
+    For a plain linear layer ż = W ḣ + Ẇ h + ḃ. For any other head (a cosine classifier, one with weight or spectral
+    normalisation, one with hooks) ż comes from a forward-mode pass through the head itself.
+
+    Raises:
+        UserError: the head has an operation without a forward-mode derivative.
     """
     if is_plain_linear(head):
         weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
@@ -112,15 +126,15 @@ def logits(head: nn.Linear, h: Tensor, h_dot: Tensor, head_tangent: HeadTangent)
             values |= {name: forward_ad.make_dual(values[name], direction) for name, direction in head_tangent.items()}
             z, z_dot = forward_ad.unpack_dual(functional_call(head, values, (forward_ad.make_dual(h, h_dot),)))
     except NotImplementedError as error:
-        raise without_forward_mode(f"The head, {type(head).__name__},", error) from None
+        raise forward_mode_error(f"The head, {type(head).__name__},", error) from None
     if z_dot is None:
-        # An operation registered with torch.library drops tangents without a word.
-        raise without_forward_mode(f"The head, {type(head).__name__},")
+        # An operation registered with torch.library drops tangents without an error.
+        raise forward_mode_error(f"The head, {type(head).__name__},")
     return Dual(z, z_dot)
 
 
-def without_forward_mode(what: str, error: NotImplementedError | None = None) -> UserError:
-    """Return what to raise where ``what`` has an operation that torch knows no forward-mode derivative of."""
+def forward_mode_error(what: str, error: NotImplementedError | None = None) -> UserError:
+    """Return the error to raise if ``what`` has an operation without a forward-mode derivative in torch."""
     reason = "" if error is None else f" ({str(error).splitlines()[0][:120]})"
     return UserError(
         f"{what} has an operation without a forward-mode derivative{reason}: take another, or add --meta-engine reference, "
@@ -137,7 +151,10 @@ def double_backward_tangent(
     advice: Advice,
     advice_tangent: Advice,
 ) -> Tensor:
-    """L̇ = Σ ⟨∇_x L, ẋ⟩ over features, head and, where it moves, advice; differentiable, for any loss behind the features."""
+    """Return L̇ = Σ ⟨∇_x L, ẋ⟩, summed over features, head parameters and, with ``advice_tangent``, advice.
+
+    Right for any loss behind the features; differentiable. Arguments as for :func:`training_loss_tangent`.
+    """
     leaf = f.primal.detach().requires_grad_()
     parameters = dict(head.named_parameters())
     inputs = [leaf, *(parameters[name] for name in head_tangent)]

@@ -1,4 +1,4 @@
-"""The meta-gradient by double backward through the virtual step: slow, obvious, the oracle of the other engines."""
+"""The meta-gradient by double backward through the virtual step: slow but obvious, the reference for the other engines."""
 
 from dataclasses import dataclass
 
@@ -15,24 +15,26 @@ from fastadvisor.runtime.execution import Execution
 
 @dataclass
 class ReferenceEngine(Engine):
-    """∇θ Lmeta(w − α ∇w L(w; θ)), literally."""
+    """Differentiates Lmeta(w − α ∇w L(w; θ)) with respect to θ as it is written, with a second-order graph."""
 
     execution: Execution
+    """Runs forward passes in the right precision."""
     cut: Cut | None = None
+    """Layers below this cut are constants; None: all layers count."""
 
     def describe(self) -> str:
-        """Say how."""
+        """Return a few words on how the engine computes the meta-gradient."""
         return "exact, by double backward"
 
     def plan(self) -> Plan:
-        """Ask for nothing: the graph holds all."""
+        """Ask for nothing: the graph holds all that is needed."""
         return Plan()
 
     def virtual_train(self, problem: MetaProblem) -> dict[str, torch.Tensor]:
-        """Return w' with its graph to the advisor's parameters."""
+        """Return w' by parameter name, with a graph to the advisor's parameters."""
         model, shared = problem.model, problem.shared
         parameters = model.part_parameters(self.cut)
-        with self.execution(), shared.head_again(model):
+        with self.execution(), shared.replaying_head(model):
             loss = problem.method.loss(shared.features, shared.batch, model.head, problem.advice)
         gradients = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
@@ -40,14 +42,14 @@ class ReferenceEngine(Engine):
         return problem.step.apply(parameters, gradients)
 
     def meta_gradient(self, problem: MetaProblem, virtual: dict[str, torch.Tensor], meta: Batch) -> MetaGradient:
-        """Return Lmeta(w') and its gradient, through the second-order graph of ``virtual``."""
+        """Return Lmeta(w') and ∇θ Lmeta(w'), through the second-order graph of ``virtual``."""
         with problem.model.frozen_statistics(), self.execution():
             logits = functional_call(problem.model, virtual, (meta.images,))
         loss = cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), meta.labels)
         gradients = torch.autograd.grad(
             loss,
             problem.method.meta_parameters(),
-            retain_graph=True,  # the backbone's graph still has the actual step to serve
+            retain_graph=True,  # the actual step needs the backbone's graph, too
             allow_unused=True,
             materialize_grads=True,
         )

@@ -1,14 +1,14 @@
-"""The forward-mode pass of a backbone, without the work the shared forward pass has already done.
+"""The forward-mode pass of a backbone, without repeating the work of the shared forward pass.
 
-torch's dual numbers run every operation twice over, primal and tangent, and some of their formulas are slow, or missing. Two
-torch function modes mend these; every other operation stays torch's own:
+torch's dual numbers compute every operation twice, for the primal value and for the tangent, and some of their formulas are
+slow or missing. Two torch function modes replace these; all other operations stay torch's own:
 
-- a convolution or a linear layer has its primal output taken from the shared pass, whose graph holds that tensor anyway;
-- batch normalisation takes mean and deviation from there, and its tangent is affine in x and ẋ: two reductions and two passes;
-- weight normalisation is written out;
-- an operation of an extension that drops tangents raises NotImplementedError.
+- the primal output of a convolution or a linear layer is taken from the shared pass, whose graph holds that tensor anyway;
+- batch normalisation takes mean and 1/σ from there; its tangent is affine in x and ẋ, and costs two reductions and two passes;
+- weight normalisation is written out in operations that have forward-mode formulas;
+- an operation of an extension that drops tangents raises NotImplementedError instead.
 
-``python -m benchmarks.phases`` times the pass with this and by dual numbers alone.
+``python -m benchmarks.phases`` times the pass with these replacements and with torch's dual numbers alone.
 """
 
 from collections.abc import Callable
@@ -24,25 +24,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastadvisor.models import sync_batch_norm
-from fastadvisor.models.normalisation import affine, combined, inner_sums
+from fastadvisor.models.normalisation import affine, combine, inner_sums
 from fastadvisor.runtime.ranks import Ranks
 
 PRODUCTS = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
-"""Bilinear in input and weight, and most of a backbone's time."""
+"""Operations that are bilinear in input and weight; a backbone spends most of its time in them."""
 
 
 class _Kept(NamedTuple):
     function: Callable[..., Any]
     values: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    """Of the tensors when they were made: an operation in place since then would have raised them."""
+    """Versions of the tensors when they were computed; an in-place operation since then would have raised them."""
 
 
 @dataclass
 class Tape:
-    """What one forward pass computed, operation by operation: outputs of products, statistics of batch normalisations.
+    """What a forward pass computed, in order: the outputs of products, and the statistics of batch normalisations.
 
-    No copies: the graph holds these tensors anyway.
+    The tensors are not copied: the graph holds them anyway.
     """
 
     kept: list[_Kept] = field(default_factory=list)
@@ -51,15 +51,18 @@ class Tape:
         return len(self.kept)
 
     def append(self, function: Callable[..., Any], *values: Tensor) -> None:
-        """Keep what ``function`` computed; nothing, to say that it is not known."""
+        """Keep the ``values`` that ``function`` computed; without values they count as unknown."""
         self.kept.append(_Kept(function, tuple(value.detach() for value in values), tuple(value._version for value in values)))
 
     def forget(self, position: int) -> None:
-        """Let go of everything before ``position``; later positions stay what they are."""
+        """Drop all values before ``position``; the positions of later ones do not change."""
         self.kept[:position] = [kept._replace(values=(), versions=()) for kept in self.kept[:position]]
 
     def find(self, position: int, function: Callable[..., Any]) -> tuple[Tensor, ...]:
-        """Return what is at ``position``; nothing where it has been overwritten, or the pass is not the recorded one."""
+        """Return the values that ``function`` computed at ``position``.
+
+        Empty if they are unknown or have been overwritten, or if another function was recorded at that position.
+        """
         if position >= len(self.kept):
             return ()
         kept = self.kept[position]
@@ -68,14 +71,14 @@ class Tape:
 
 
 class Recording(TorchFunctionMode):
-    """Puts products and batch normalisations inside the block on ``tape``."""
+    """Records the products and batch normalisations inside the block on ``tape``."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.tape = tape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func``."""
+        """Run ``func``, and record what it computed."""
         result = func(*args, **(kwargs or {}))
         if func in PRODUCTS:
             self.tape.append(func, result)
@@ -87,7 +90,7 @@ class Recording(TorchFunctionMode):
 
 
 def _saved_statistics(output: Tensor) -> tuple[Tensor, ...]:
-    """Return mean and 1/σ a channel as the graph of a batch normalisation holds them; nothing where it holds something else."""
+    """Return mean and 1/σ of each channel from the graph of a batch normalisation; empty if the graph does not hold them."""
     node = output.grad_fn
     saved = tuple(getattr(node, f"_saved_result{index}", None) for index in (1, 2))
     shape = output.shape[1:2]
@@ -97,10 +100,10 @@ def _saved_statistics(output: Tensor) -> tuple[Tensor, ...]:
 
 
 class Tangents(TorchFunctionMode):
-    """Inside a dual level: products, batch and weight normalisations of dual numbers by the rules below.
+    """Inside a dual level, computes products, batch and weight normalisations of dual numbers by the rules below.
 
-    With a tape, the pass must be the one that it holds from ``position`` on, operation for operation: the same activations,
-    random state and mode.
+    With a tape, the pass inside the block must repeat the recorded one from ``position`` on, operation by operation, with the
+    same activations, random state and training mode.
     """
 
     def __init__(self, tape: Tape | None = None, position: int = 0) -> None:
@@ -109,13 +112,13 @@ class Tangents(TorchFunctionMode):
         self.position = position
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` or its rule."""
+        """Run ``func``, or the rule that replaces it."""
         if isinstance(func, OpOverload | OpOverloadPacket):
-            return registered(func, *args, **(kwargs or {}))
+            return run_registered(func, *args, **(kwargs or {}))
         if func is torch._weight_norm:
             return weight_norm(*args, **(kwargs or {}))
         if func in (F.group_norm, torch.group_norm):
-            return func(contiguous(args[0]), *args[1:], **(kwargs or {}))
+            return func(make_contiguous(args[0]), *args[1:], **(kwargs or {}))
         if func not in PRODUCTS and func not in (F.batch_norm, sync_batch_norm.batch_norm):
             return func(*args, **(kwargs or {}))
         known = self.tape.find(self.position, func)
@@ -136,7 +139,10 @@ def product(
     *rest: Any,
     **settings: Any,
 ) -> Tensor:
-    """Return y = w * x + b with its tangent ẏ = w * ẋ + ẇ * x + ḃ; ``known``: (y,), if it need not be computed."""
+    """Return y = w * x + b with its tangent ẏ = w * ẋ + ẇ * x + ḃ, where * is the convolution or product of ``function``.
+
+    ``known`` is (y,) if the tape holds it, else empty.
+    """
     x, x_dot = forward_ad.unpack_dual(input)
     w, w_dot = forward_ad.unpack_dual(weight)
     b, b_dot = (None, None) if bias is None else forward_ad.unpack_dual(bias)
@@ -164,8 +170,8 @@ def batch_norm(
 ) -> Tensor:
     """Return y = γ x̂ + β with its tangent ẏ = γ/σ (ẋ - mean ẋ - x̂ mean(x̂ ẋ)) + γ̇ x̂ + β̇.
 
-    The two means are what the backward kernel gives for γ and β when handed ẋ. ``known``: (mean of x, 1/σ), if they need not be
-    computed.
+    The two means are the results of the backward kernel for γ and β, with ẋ in place of the output's gradient. ``known`` is
+    (mean of x, 1/σ) if the tape holds them, else empty.
     """
     x, x_dot = forward_ad.unpack_dual(input)
     if not training or x_dot is None or weight is None or bias is None or running_mean is not None:
@@ -183,7 +189,7 @@ def batch_norm(
         slope_x = slope_x + inverse * gamma_dot
     if beta_dot is not None:
         shift = shift + beta_dot
-    return forward_ad.make_dual(y, combined(x_dot, slope, x, slope_x, mean, shift))
+    return forward_ad.make_dual(y, combine(x_dot, slope, x, slope_x, mean, shift))
 
 
 def synchronised_batch_norm(
@@ -197,9 +203,9 @@ def synchronised_batch_norm(
     eps: float,
     ranks: Ranks,
 ) -> Tensor:
-    """Return what ``sync_batch_norm.batch_norm`` does, with the tangent by its formula; running statistics stay as they are.
+    """Return the result of ``sync_batch_norm.batch_norm`` with its tangent; running statistics are not updated.
 
-    ``known``: (mean of x, 1/σ, count) of all ranks, if they need not be computed.
+    ``known`` is (mean of x, 1/σ, count) over all ranks if the tape holds them, else empty.
     """
     x, x_dot = forward_ad.unpack_dual(input)
     gamma, gamma_dot = (torch.ones(()), None) if weight is None else forward_ad.unpack_dual(weight)
@@ -215,47 +221,51 @@ def synchronised_batch_norm(
     shift = torch.zeros_like(mean) if beta_dot is None else beta_dot.to(mean)
     if x_dot is None and gamma_dot is None and beta_dot is None:
         return y
-    if x_dot is None:  # on all ranks, or on none: what follows sends a message
+    if x_dot is None:  # the same on all ranks, which the communication below relies on
         return forward_ad.make_dual(y, affine(x, slope_x, shift - slope_x * mean))
     mean_hat, mean_dot = sync_batch_norm.inner_means(x_dot, x, mean, inverse, count, ranks)
     slope_x = slope_x - inverse * slope * mean_hat
-    return forward_ad.make_dual(y, combined(x_dot, slope, x, slope_x, mean, shift - slope * mean_dot))
+    return forward_ad.make_dual(y, combine(x_dot, slope, x, slope_x, mean, shift - slope * mean_dot))
 
 
-def registered(function: OpOverload | OpOverloadPacket, *args: Any, **settings: Any) -> Any:
-    """Run an operation from the registry, and raise NotImplementedError where it drops a tangent, as those that extensions
-    register with torch.library (torchvision's deform_conv2d, say) do without a word.
+def run_registered(function: OpOverload | OpOverloadPacket, *args: Any, **settings: Any) -> Any:
+    """Run an operation that is called through torch's registry, as operations of extensions are.
+
+    Raises:
+        NotImplementedError: the operation drops tangents. Those registered with torch.library (such as torchvision's
+            deform_conv2d) otherwise do so without an error.
     """
     result = function(*args, **settings)
-    if not str(function).startswith("aten.") and _moving((args, settings)) and not _moving(result):
+    if not str(function).startswith("aten.") and _has_tangent((args, settings)) and not _has_tangent(result):
         raise NotImplementedError(f"{function} drops tangents")
     return result
 
 
-def _moving(values: Any) -> bool:
-    """Whether there is a tangent anywhere in ``values``."""
+def _has_tangent(values: Any) -> bool:
+    """Whether any tensor in ``values``, however nested, has a tangent."""
     tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def contiguous(input: Tensor) -> Tensor:
-    """Return a dual number, of which both parts are contiguous: torch 2.11's tangent of group normalisation takes no other."""
+def make_contiguous(input: Tensor) -> Tensor:
+    """Return ``input`` with contiguous primal and tangent, which torch 2.11's tangent of group normalisation needs."""
     x, x_dot = forward_ad.unpack_dual(input)
     return x.contiguous() if x_dot is None else forward_ad.make_dual(x.contiguous(), x_dot.contiguous())
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return g v / ‖v‖, norms taken over all dimensions but ``dim`` (-1: over all): the kernel that torch has for it knows no
-    tangent.
+    """Return g v / ‖v‖, with norms over all dimensions but ``dim`` (-1: over all).
+
+    torch's own kernel for it has no forward-mode formula.
     """
     others = [d for d in range(v.dim()) if d != dim] if dim != -1 else list(range(v.dim()))
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and 1/σ a channel, in float32 at least.
+    """Return mean and 1/σ of each channel, in float32 or wider.
 
-    On the CPU in three plain passes: torch.var_mean takes several times as long there.
+    On the CPU in three separate passes, because torch.var_mean takes several times as long there.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dims = [0, *range(2, x.dim())]

@@ -1,4 +1,4 @@
-"""Methods by name. To add one: a file with a subclass of ``Method``, and a line here."""
+"""All methods by name. To add one, write a file with a subclass of ``Method``, and add a line here."""
 
 from fastadvisor.config import MethodConfig, register_method, select
 from fastadvisor.errors import UserError, nearest
@@ -33,13 +33,13 @@ METHODS: dict[str, type[Method]] = {
 }
 
 for _name, _kind in METHODS.items():
-    register_method(_name, _kind.Settings)  # they are settings of every configuration from here on
+    register_method(_name, _kind.Settings)  # from now on every configuration has these settings
 
 __all__ = ["METHODS", "Advice", "Clock", "DataFacts", "Method", "Seen", "Stage", "build_method", "check_method"]
 
 
 def check_method(name: str) -> None:
-    """Raise a UserError that names the nearest method unless ``name`` is one."""
+    """Raise a UserError that names the most similar method, unless ``name`` is the name of a method."""
     if name not in METHODS:
         raise UserError(f"Unknown method {name!r}.{nearest(name, METHODS)} Methods: {', '.join(METHODS)}.")
 
@@ -48,12 +48,12 @@ def build_method(config: MethodConfig, features: int, facts: DataFacts) -> Metho
     """Build the method ``config.method``.
 
     Args:
-        config: its settings, by name.
-        features: D.
-        facts: of the training set.
+        config: holds the method's name, and its settings by name.
+        features: D, the number of features.
+        facts: what the method may know of the training set.
 
     Raises:
-        UserError: an unknown method.
+        UserError: there is no method of that name.
     """
     check_method(config.method)
     kind = METHODS[config.method]

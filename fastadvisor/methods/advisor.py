@@ -1,21 +1,22 @@
-"""The advisor network Ψ (paper 3.5). Shapes: B samples, D features, C classes."""
+"""The advisor network Ψ (advisor paper, section 3.5). Shapes: B samples, D features, C classes."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Advisor(nn.Module):
-    """Watches a sample's features and its loss, and answers with a feature mask, an equalisation, or both.
+    """From a sample's features f and loss ℓpre to a feature mask, an equalisation, or both.
 
-    f (D) → Linear → ReLU and ℓpre (1) → Linear → ReLU, concatenated; one Linear for each output. Outputs are returned
-    before the sigmoid (mask W = σ(u), equalisation s = σ(v)); default torch initialisation, so W ≈ 0.5 at the start.
+    f (D) → Linear → ReLU and ℓpre (1) → Linear → ReLU are concatenated, and each output is a Linear of that. Outputs are
+    returned before the sigmoid: the mask is W = σ(u), the equalisation s = σ(v) of the paper's equations 3 and 8. Weights have
+    torch's default initialisation, so W ≈ 0.5 at the start.
 
     Args:
         features: D.
         classes: C.
-        width: size of each of the two embeddings.
-        mask: whether to answer with u.
-        equalisation: whether to answer with v.
+        width: size of each of the two embeddings (100 in the paper, section 4.2).
+        mask: whether there is an output u.
+        equalisation: whether there is an output v.
     """
 
     def __init__(self, features: int, classes: int, width: int = 100, *, mask: bool, equalisation: bool) -> None:
@@ -26,9 +27,11 @@ class Advisor(nn.Module):
         self.to_equalisation = nn.Linear(2 * width, classes) if equalisation else None
 
     def forward(self, f_BD: Tensor, loss_B: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return (u_BD, v_BC), each None where this advisor does not give it; computed in the parameters' dtype.
+        """Return (u_BD, v_BC), in the dtype of the parameters; None for an output that this advisor does not have.
 
-        Both inputs are constants to the advisor: pass them detached (paper's precursor code, MW-Net).
+        Args:
+            f_BD: features, detached, as in MW-Net and in the code that preceded the paper.
+            loss_B: ℓpre, detached.
         """
         dtype = self.embed_loss.weight.dtype
         embedding = torch.cat(

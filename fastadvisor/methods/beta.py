@@ -1,4 +1,4 @@
-"""The Bernoulli variable β of MES (paper 3.4 and 4.2)."""
+"""The Bernoulli variable β of MES (advisor paper, section 3.4, equation 8, and section 4.2)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from fastadvisor_kernels.dispatch import by_triton
 
 @dataclass
 class BetaSettings:
-    """What methods with MES's loss can be told about β."""
+    """The settings of β, for methods with the loss of MES."""
 
     beta_probability: Fraction = 0.9
     """Probability rho that beta is 1 (paper 4.2)."""
@@ -22,10 +22,20 @@ class BetaSettings:
 
 
 def draw_beta(settings: BetaSettings, rows: int, classes: int, device: torch.device) -> Beta:
-    """Draw β ~ Bernoulli(ρ) for a batch: (B, C), (B, 1) or (1, 1) of {0, 1} by ``beta_draw``; ρ itself for 'expected'.
+    """Draw β ~ Bernoulli(ρ) for a batch of B samples.
 
-    The default draws per sample and class, as the only public softmax-EQL implementation does. Where Triton computes, it
-    draws a seed: the kernels make the mask of it where they need it, and nothing of size (B, C) is stored.
+    The default draws for each sample and class, as the only public implementation of the softmax equalisation loss does. With
+    Triton's kernels the default draws only a seed, from which the kernels compute β, so that nothing of size (B, C) is stored.
+
+    Args:
+        settings: ρ, and what one draw covers.
+        rows: B.
+        classes: C.
+        device: where β is needed.
+
+    Returns:
+        Zeros and ones in float32, of the shape (B, C), (B, 1) or (1, 1) for "class", "sample" or "batch"; a
+        :class:`Bernoulli` with the seed; or ρ itself for "expected".
     """
     if settings.beta_draw == "expected":
         return settings.beta_probability
@@ -35,8 +45,8 @@ def draw_beta(settings: BetaSettings, rows: int, classes: int, device: torch.dev
     return (torch.rand(shape, device=device) < settings.beta_probability).float()
 
 
-def rows_of(beta: Beta, rows: slice) -> Beta:
-    """Return what was drawn for these samples of a batch."""
+def select_rows(beta: Beta, rows: slice) -> Beta:
+    """Return the part of ``beta``, drawn for a batch, that belongs to its samples ``rows``."""
     if isinstance(beta, Bernoulli):
         return beta.rows(rows.start)
     return beta[rows] if isinstance(beta, Tensor) and len(beta) > 1 else beta

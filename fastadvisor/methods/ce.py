@@ -1,7 +1,7 @@
-"""Plain cross-entropy: the baseline."""
+"""Plain cross-entropy, the baseline."""
 
 from fastadvisor.methods.base import Method
 
 
 class CrossEntropy(Method):
-    """Cross-entropy on the training set, labels believed."""
+    """Cross-entropy on the training set, with the labels as given."""

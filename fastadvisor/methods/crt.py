@@ -1,4 +1,4 @@
-"""Classifier re-training (Kang et al. 2020): features from all images, the head from equally many of each class."""
+"""Classifier re-training (Kang et al. 2020): the backbone learns from all images, the head from class-balanced batches."""
 
 from dataclasses import dataclass
 
@@ -20,13 +20,13 @@ class CRT(Method):
         """Learning rate of that part, over --lr; its schedule begins anew."""
 
     def stages(self) -> tuple[Stage, ...]:
-        """Return the two stages."""
+        """Return the two stages: the whole classifier, then a new head."""
         settings = self.settings
         head = Stage(
-            share=settings.crt_fraction,
+            fraction=settings.crt_fraction,
             lr_factor=settings.crt_lr_factor,
             sampler="class-aware",
             trains="head",
             reset_head=True,
         )
-        return Stage(share=1 - settings.crt_fraction), head
+        return Stage(fraction=1 - settings.crt_fraction), head

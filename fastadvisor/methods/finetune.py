@@ -1,4 +1,4 @@
-"""Cross-entropy on everything, then on the meta-set."""
+"""Cross-entropy on the training set, then on the meta-set."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from fastadvisor.methods.stages import Stage
 
 
 class Finetune(Method):
-    """The last ``finetune_fraction`` of the epochs trains on the meta-set at ``finetune_lr_factor`` of the rate."""
+    """Cross-entropy; the last ``finetune_fraction`` of the epochs is spent on the meta-set, with a lower learning rate."""
 
     @dataclass
     class Settings:
-        """The second part of the run."""
+        """The settings of the second stage."""
 
         finetune_fraction: Fraction = 0.2
         """Last part of the epochs, spent on the meta-set."""
@@ -20,6 +20,6 @@ class Finetune(Method):
         """Learning rate of that part, over --lr."""
 
     def stages(self) -> tuple[Stage, ...]:
-        """Return the two stages."""
+        """Return the two stages: the training set, then the meta-set."""
         fraction = self.settings.finetune_fraction
         return Stage("train", 1 - fraction), Stage("meta", fraction, self.settings.finetune_lr_factor)

@@ -1,4 +1,4 @@
-"""Focal loss (Lin et al. 2017)."""
+"""Focal loss (Lin et al. 2017) as a method; the loss is in losses/focal.py."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ from fastadvisor.methods.base import Method
 
 
 class Focal(Method):
-    """(1 − p_y)^γ times cross-entropy: samples that are classified well count less."""
+    """(1 − p_y)^γ times the cross-entropy, so that samples that are classified well count less."""
 
     @dataclass
     class Settings:
-        """The exponent."""
+        """The setting of the exponent."""
 
         focal_gamma: NonNegative = 1.0
         """Exponent gamma; 0 is plain cross-entropy."""
 
     def sample_losses(self, z_BC: Tensor, batch: Batch) -> Tensor:
-        """Return the focal losses (B,)."""
+        """Return the focal losses (B,), in float32 or wider."""
         return losses.focal(z_BC, batch.labels, self.settings.focal_gamma)

@@ -1,4 +1,4 @@
-"""Meta Equalization Softmax: the advisor softens the pull of the other classes (paper 3.4)."""
+"""Meta Equalization Softmax, MES (advisor paper, section 3.4): the advisor weakens discouraging gradients."""
 
 from dataclasses import dataclass
 
@@ -12,22 +12,22 @@ from fastadvisor_kernels import Beta
 
 
 class MES(Method):
-    """Equalised softmax cross-entropy on plain features."""
+    """Equalised softmax cross-entropy (equations 6 and 8) on unmasked features."""
 
     @dataclass
     class Settings(BetaSettings, AdvisorConfig):
-        """Those of the advisor and of β."""
+        """The settings of the advisor and of β."""
 
     def __init__(self, settings: Settings, features: int, facts: DataFacts) -> None:
         super().__init__(settings, features, facts)
         self.advisor = Advisor(features, facts.classes, settings.advisor_width, mask=False, equalisation=True)
 
     def draw(self, rows: int, device: torch.device) -> Beta:
-        """Return this iteration's β."""
+        """Return β for ``rows`` samples in this iteration."""
         return draw_beta(self.settings, rows, self.facts.classes, device)
 
     def advise(self, seen: Seen) -> Advice:
-        """Return the equalisation."""
+        """Return the equalisation v (B, C), and β."""
         assert self.advisor is not None
         _, v_BC = self.advisor(seen.features, seen.losses)
         return Advice(equalisation=v_BC, beta=seen.draw)

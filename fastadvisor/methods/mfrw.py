@@ -1,4 +1,4 @@
-"""Meta Feature Re-Weighting: the advisor masks the features (paper 3.3)."""
+"""Meta Feature Re-Weighting, MFRW (advisor paper, section 3.3): the advisor masks the features."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ from fastadvisor.methods.base import Advice, DataFacts, Method, Seen
 
 
 class MFRW(Method):
-    """Cross-entropy on f ⊙ σ(u); unmasked at the meta step and at test time."""
+    """Cross-entropy on f ⊙ σ(u) (equation 3); in the meta loss and at test time the features are not masked."""
 
     @dataclass
     class Settings(AdvisorConfig):
-        """Those of the advisor."""
+        """The settings of the advisor."""
 
     def __init__(self, settings: Settings, features: int, facts: DataFacts) -> None:
         super().__init__(settings, features, facts)
         self.advisor = Advisor(features, facts.classes, settings.advisor_width, mask=True, equalisation=False)
 
     def advise(self, seen: Seen) -> Advice:
-        """Return the mask."""
+        """Return the mask u (B, D)."""
         assert self.advisor is not None
         u_BD, _ = self.advisor(seen.features, seen.losses)
         return Advice(mask=u_BD)

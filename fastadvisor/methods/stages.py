@@ -1,4 +1,4 @@
-"""The stages of a run: what each trains, on which images, at what rate."""
+"""The stages of a run: on which images each one trains, which layers, and at which learning rate."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,17 +6,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run, with a schedule of its own from start to end."""
+    """A part of the run, over which the learning rate follows a whole schedule of its own."""
 
     source: Literal["train", "meta"] = "train"
-    """Which images it trains on."""
-    share: float = 1.0
-    """Of the epochs."""
+    """Whether it trains on the training set or on the meta-set."""
+    fraction: float = 1.0
+    """Fraction of the epochs of the run."""
     lr_factor: float = 1.0
-    """Of ``--lr``."""
+    """Learning rate of the stage, divided by ``--lr``."""
     sampler: str = "shuffled"
-    """How its epochs are drawn: a name in loading/samplers.py."""
+    """Name of the sampler that draws its epochs (loading/samplers.py)."""
     trains: Literal["all", "head"] = "all"
-    """head: the backbone is frozen, its normalisations and dropout included, which behave as in testing."""
+    """Which layers learn. head: the backbone is frozen, and its normalisations and dropout behave as at test time."""
     reset_head: bool = False
-    """Begin with a new head, as the model would have been built with."""
+    """Whether the stage begins with a newly initialised head."""

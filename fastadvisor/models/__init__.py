@@ -1,12 +1,12 @@
-"""Backbones by name, and the split of any classifier into backbone and head."""
+"""Classifiers by name, and the split of any classifier into backbone and head."""
 
 from fastadvisor.models.build import build_model, check_model
-from fastadvisor.models.split import Entering, SplitClassifier, cut_at, is_plain_linear, layers_of, split
+from fastadvisor.models.split import EntryState, SplitClassifier, cut_at, is_plain_linear, layers_of, split
 from fastadvisor.models.stages import Cut, Layer
 
 __all__ = [
     "Cut",
-    "Entering",
+    "EntryState",
     "Layer",
     "SplitClassifier",
     "build_model",

@@ -1,4 +1,4 @@
-"""Models by name: ours for CIFAR, torchvision's, timm's where it is installed."""
+"""Models by name: our own, those of torchvision, and those of timm if it is installed."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastadvisor.models.split import SplitClassifier, split
 
 
 def resnet18_cifar(classes: int) -> nn.Module:
-    """ResNet-18 with a 3×3 stem of stride 1 and no max-pooling: 11.17 million parameters, 512 features."""
+    """Build a ResNet-18 with a 3×3 stem of stride 1 and without max-pooling: 11.17 million parameters, 512 features."""
     model = torchvision.models.resnet18(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
@@ -23,7 +23,7 @@ def resnet18_cifar(classes: int) -> nn.Module:
 
 
 def resnet10(classes: int) -> nn.Module:
-    """ResNet-10: one basic block a stage, ImageNet stem, 512 features."""
+    """Build a ResNet-10: one basic block in each stage, the stem for ImageNet, 512 features."""
     resnet = torchvision.models.resnet
     return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
 
@@ -36,12 +36,12 @@ OURS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def torchvision_names() -> list[str]:
-    """Return the names of torchvision's classifiers."""
+    """Return the names of all classifiers of torchvision."""
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def check_model(name: str) -> None:
-    """Raise a UserError that names the nearest model unless ``name`` is one."""
+    """Raise a UserError that names the most similar model, unless ``name`` is the name of a model."""
     if name in OURS or name in torchvision_names():
         return
     if name.startswith("timm/"):
@@ -66,12 +66,13 @@ def build_model(config: ModelConfig, classes: int, image_shape: tuple[int, int])
     """Build ``config.model`` for C ``classes`` and split it into backbone and head.
 
     Args:
-        config: name and whether to start from the library's weights.
+        config: the model's name, and whether to start from the pretrained weights of its library.
         classes: C.
-        image_shape: (H, W) in pixels; the split is checked on a dummy batch of that size.
+        image_shape: (height, width) in pixels of the dummy images on which the split is checked.
 
     Raises:
-        UserError: an unknown model, one without weights, one that does not take these images or cannot be split.
+        UserError: there is no model of that name, it has no pretrained weights, it does not take images of that size, or it
+            cannot be split.
     """
     name = config.model
     check_model(name)
@@ -100,7 +101,7 @@ def _torchvision(name: str, classes: int, pretrained: bool) -> nn.Module:
             if layer.out_features != classes:
                 parent = model.get_submodule(head_name.rpartition(".")[0])
                 setattr(parent, head_name.rpartition(".")[2], nn.Linear(layer.in_features, classes))
-    # Auxiliary classifiers return tuples in training and are no part of the method.
+    # With auxiliary classifiers a model returns tuples in training; the method has no use for them.
     for auxiliary in ("AuxLogits", "aux1", "aux2"):
         if hasattr(model, auxiliary):
             setattr(model, auxiliary, None)

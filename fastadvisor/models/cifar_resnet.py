@@ -6,7 +6,7 @@ from torch.nn.functional import pad, relu
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut without parameters: every second pixel, new channels filled with zeros."""
+    """Two 3×3 convolutions, and a shortcut without parameters (option A): strided, with zeros in additional channels."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class BasicBlock(nn.Module):
         self.extra = (channels - channels_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels_in, H, W) → (B, channels, H/stride, W/stride)."""
+        """Map (B, channels_in, H, W) to (B, channels, H/stride, W/stride)."""
         y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         if self.stride != 1 or self.extra:
@@ -27,10 +27,11 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """(B, 3, H, W) → (B, classes); 64 features.
+    """A ResNet from images (B, 3, H, W) to logits (B, C), with 64 features.
 
     Args:
-        depth: 6n+2: 8, 14, 20, 32, 44, 56. ResNet-32 with 10 classes has 464,154 parameters.
+        depth: number of layers, 6n+2 for n blocks in each stage: 8, 14, 20, 32, 44 or 56. ResNet-32 with 10 classes has
+            464,154 parameters.
         classes: C.
     """
 
@@ -53,7 +54,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits (B, C)."""
         x = relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(x.mean(dim=(2, 3)), 1))

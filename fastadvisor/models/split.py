@@ -1,8 +1,8 @@
-"""Any classifier as backbone and head, without editing it.
+"""Split any classifier into backbone and head, without changing its code.
 
-The head is the last ``nn.Linear``; the backbone is everything before it. Parts that a pass must leave out are swapped for
-identities for the length of that pass, so the model's own ``forward`` runs, whatever it does between its modules, and its
-parameter names, and so its state dict, stay its own.
+The head is the last ``nn.Linear``; the backbone is everything before it. Modules that a pass must leave out are replaced by
+identities during that pass. So the model's own ``forward`` runs, whatever it does between its modules, and the names in its
+state dict do not change.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -19,38 +19,39 @@ from fastadvisor.models.stages import Cut, Layer, find_cut, layers
 from fastadvisor.runtime.random_state import RandomState
 
 
-class Entering(NamedTuple):
-    """Where a forward pass stood when it entered the model, or reached a cut in it."""
+class EntryState(NamedTuple):
+    """The state of a forward pass when it entered the model, or reached a cut: enough to continue the pass from there."""
 
     activation: Tensor
-    """The images, or what crosses the cut; detached."""
+    """The images, or the activation that crosses the cut; detached."""
     random_state: RandomState
+    """The state of the random number generators at that moment."""
     position: int = 0
-    """How many outputs the pass had put on its tape by then (metagrad/tangent.py)."""
+    """Number of entries that the pass had recorded on its tape by then (metagrad/tangent.py)."""
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether ``head`` computes W h + b of its parameters W and b, and nothing else: no subclass, parametrization or hook."""
+    """Whether ``head`` just computes W h + b from its parameters: it is no subclass, and has no parametrization and no hook."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     return type(head) is nn.Linear and not any(hooks) and "forward" not in head.__dict__
 
 
 def _is_spectral(module: nn.Module) -> bool:
-    """Whether ``module`` is a spectral normalisation that iterates as it runs, or a layer that the older hook makes one."""
+    """Whether ``module`` is a spectral normalisation, which iterates as it runs, or a layer with the older hook for one."""
     return isinstance(module, _SpectralNorm) or any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values())
 
 
 class _Arrived(Exception):
-    """Ends a forward pass at the module it was to reach."""
+    """Raised to end a forward pass at the cut that it was to reach."""
 
 
 class SplitClassifier(nn.Module):
-    """A classifier Φ = Φc ∘ Φb, with access to its features.
+    """A classifier Φ = Φc ∘ Φb, backbone Φb and head Φc (advisor paper, section 3.6), with access to its features.
 
     Args:
-        model: any module (B, 3, H, W) → (B, C) whose last ``nn.Linear`` gives the logits.
+        model: any module from images (B, 3, H, W) to logits (B, C) whose last ``nn.Linear`` computes the logits.
         head: the dotted name of that layer.
-        name: what messages call the model.
+        name: the model's name in messages.
     """
 
     def __init__(self, model: nn.Module, head: str, name: str = "model") -> None:
@@ -60,8 +61,8 @@ class SplitClassifier(nn.Module):
         self.name = name
         self._head_alone = False
         self._frozen: list[nn.Parameter] = []
-        """What :meth:`train_head_alone` has frozen."""
-        self._identity = (nn.Identity(),)  # in a tuple, so that it is no submodule
+        """The parameters that :meth:`train_head_alone` has frozen."""
+        self._identity = (nn.Identity(),)  # in a tuple, so that it is not registered as a submodule
         self._normalisations = [
             module
             for module in model.modules()
@@ -71,7 +72,7 @@ class SplitClassifier(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """Φc."""
+        """The head Φc, from the features (B, D) to the logits (B, C)."""
         head = self.model.get_submodule(self.head_name)
         assert isinstance(head, nn.Linear)
         return head
@@ -81,31 +82,34 @@ class SplitClassifier(nn.Module):
 
         Args:
             x: (B, 3, H, W) images; with ``start``, the activation that enters that cut.
-            start: leave out everything below this cut.
+            start: leave out all modules below this cut.
             until: stop at this cut.
-            features: leave out the head and return the features (B, D).
+            features: leave out the head, and return the features (B, D).
 
         Returns:
             Logits (B, C); features (B, D); or the activation that enters ``until``.
         """
         if until is not None:
-            with self.captured(until, stop=True) as seen, suppress(_Arrived):
+            with self.capture(until, stop=True) as seen, suppress(_Arrived):
                 self.model(x)
             return seen[0].activation
         skipped = (list(start.below) if start is not None else []) + ([self.head_name] if features else [])
-        with swapped(self.model, dict.fromkeys(skipped, self._identity[0])):
+        with swap_modules(self.model, dict.fromkeys(skipped, self._identity[0])):
             return self.model(x)
 
     @contextmanager
-    def captured(self, cut: Cut, *, stop: bool = False, tape: Sized = ()) -> Iterator[list[Entering]]:
-        """Collect what enters ``cut`` in the forward passes inside the block; with ``stop``, end them there.
+    def capture(self, cut: Cut, *, stop: bool = False, tape: Sized = ()) -> Iterator[list[EntryState]]:
+        """Collect the state of each forward pass inside the block when it reaches ``cut``.
 
-        The length of ``tape`` at that moment becomes the position.
+        Args:
+            cut: where the state is collected.
+            stop: whether to end the passes there, by an exception.
+            tape: what the pass records; its length at that moment is stored as the position.
         """
-        seen: list[Entering] = []
+        seen: list[EntryState] = []
 
         def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.append(Entering(inputs[0].detach(), RandomState.now(inputs[0].device), len(tape)))
+            seen.append(EntryState(inputs[0].detach(), RandomState.now(inputs[0].device), len(tape)))
             if stop:
                 raise _Arrived
 
@@ -117,19 +121,19 @@ class SplitClassifier(nn.Module):
 
     @contextmanager
     def frozen_statistics(self) -> Iterator[None]:
-        """Passes inside the block leave running statistics, and the vectors of spectral normalisations, alone; training mode
-        still uses batch statistics.
+        """Keep forward passes inside the block from updating running statistics and the vectors of spectral normalisations.
 
-        BatchNorm in training mode without tracking normalises by the batch and touches no buffer, which also lets
-        forward AD through (it refuses to update buffers in place). A spectral normalisation in evaluation mode takes the
-        singular vectors of the last pass; iterating on would make each pass of an iteration another function.
+        Training mode still normalises by the statistics of the batch. A batch normalisation in training mode that does not
+        track statistics updates no buffer in place, which also makes forward-mode AD possible. A spectral normalisation in
+        evaluation mode uses the singular vectors of its last pass; in training mode it would iterate, so that each pass of an
+        iteration would be a different function.
         """
         tracking = [module for module in self._normalisations if module.training and module.track_running_stats]
         iterating = [module for module in self._spectral if module.training]
         for module in tracking:
             module.track_running_stats = False
         for spectral in iterating:
-            spectral.training = False  # alone: what it belongs to stays in training mode
+            spectral.training = False  # not by eval(): the layer that it belongs to must stay in training mode
         try:
             yield
         finally:
@@ -139,7 +143,7 @@ class SplitClassifier(nn.Module):
                 spectral.training = True
 
     def train_head_alone(self, alone: bool = True) -> None:
-        """Freeze the backbone, whose normalisations and dropout then behave as in testing; not ``alone``: let it go on."""
+        """Freeze the backbone, whose normalisations and dropout then behave as at test time; ``alone=False`` undoes it."""
         if alone == self._head_alone:
             return
         if alone:
@@ -151,7 +155,7 @@ class SplitClassifier(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and testing; a frozen backbone stays as in testing."""
+        """Switch between training and evaluation mode; a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self._head_alone:
             self.model.eval()
@@ -160,18 +164,18 @@ class SplitClassifier(nn.Module):
 
     @property
     def compiled(self) -> bool:
-        """Whether any part runs through ``torch.compile``."""
+        """Whether any module of the model is compiled by ``torch.compile``."""
         return any(
             module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
             for module in self.model.modules()
         )
 
     def part_parameters(self, cut: Cut | None = None, only: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters of backbone and head by name in this module.
+        """Return the trainable parameters of backbone and head, by their names in this module.
 
         Args:
-            cut: leave out everything below it.
-            only: of the backbone, only those of these modules.
+            cut: leave out the parameters below this cut.
+            only: names of modules of the backbone; leave out the parameters of all others. None: leave out none.
         """
         below = () if cut is None else tuple(f"model.{name}." for name in cut.below)
         kept = ("",) if only is None else tuple(f"model.{name}." for name in only)
@@ -183,27 +187,28 @@ class SplitClassifier(nn.Module):
         }
 
     def head_parameters(self) -> dict[str, str]:
-        """Return the head's trainable parameters: the head's own name for each, and its name in this module, which for one that
-        is tied to a parameter of the backbone is that one's.
+        """Return the names of the head's trainable parameters: from the name in the head to the name in this module.
+
+        A parameter that is tied to one of the backbone has the latter's name in this module.
         """
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return {own: names[id(p)] for own, p in self.head.named_parameters() if p.requires_grad}
 
     def backbone_parameters(self, cut: Cut | None = None, only: tuple[str, ...] | None = None) -> dict[str, nn.Parameter]:
-        """Return those of :meth:`part_parameters` that the features depend on: a head's that is tied to the backbone, too."""
+        """Return those of :meth:`part_parameters` that the features depend on; the head's, if they are tied to the backbone."""
         inside = set(self.head.modules())
         used = {id(p) for module in self.model.modules() if module not in inside for p in module.parameters(recurse=False)}
         return {name: parameter for name, parameter in self.part_parameters(cut, only).items() if id(parameter) in used}
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """The device of the parameters."""
         return next(self.model.parameters()).device
 
 
 @contextmanager
-def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other modules in the named places for the length of the block."""
+def swap_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace the named modules inside the block."""
     originals: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for name, replacement in replacements.items():
@@ -218,13 +223,13 @@ def swapped(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator
 
 
 def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: int | None = None) -> SplitClassifier:
-    """Find the head of ``model`` and check, on a dummy batch, that backbone and head together give its logits.
+    """Find the head of ``model``, and check on a dummy batch that backbone and head together compute its logits.
 
     Args:
-        model: on any device.
-        name: what messages call it.
-        image_shape: (height, width) of its images.
-        classes: C; None takes as many as the model has.
+        model: from images (B, 3, H, W) to logits (B, C), on any device.
+        name: the model's name in messages.
+        image_shape: (height, width) of its images in pixels.
+        classes: C; None: as many as the model has.
 
     Raises:
         UserError: the model does not take images of this size, or does not end in a linear layer on its features.
@@ -236,11 +241,11 @@ def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: in
     model.eval()
     try:
         with torch.no_grad():
-            logits = run(model, name, images)
+            logits = run_on_dummy_batch(model, name, images)
             for candidate in reversed([n for n, m in model.named_modules() if isinstance(m, nn.Linear)]):
                 whole = SplitClassifier(model, candidate, name)
                 fits = whole.head.out_features == (logits.shape[1] if classes is None else classes)
-                if fits and _agrees(whole, images, logits) and _decides(whole, images):
+                if fits and _head_gives_logits(whole, images, logits) and _head_weights_matter(whole, images):
                     _check_training(whole, images)
                     return whole
     finally:
@@ -251,8 +256,12 @@ def split(model: nn.Module, name: str, image_shape: tuple[int, int], classes: in
     )
 
 
-def run(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    """Run ``model`` on a dummy batch; a UserError if it does not take images of that size."""
+def run_on_dummy_batch(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    """Return the logits of ``model`` on a dummy batch of images.
+
+    Raises:
+        UserError: the model does not take images of that size, or does not return logits.
+    """
     try:
         logits = model(images)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
@@ -264,11 +273,11 @@ def run(model: nn.Module, name: str, images: Tensor) -> Tensor:
     return logits
 
 
-def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
+def _head_gives_logits(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
     try:
         features = whole(images, features=True)
     except (AttributeError, RuntimeError, ValueError, TypeError, IndexError):
-        return False  # the model does not do without it: it looks at the layer's weight, or at the size of what comes out
+        return False  # the model needs this layer: it reads its weight, or relies on the size of its output
     if not isinstance(features, Tensor):
         return False
     if features.dim() != 2 or features.shape[1] != whole.head.in_features:
@@ -276,28 +285,31 @@ def _agrees(whole: SplitClassifier, images: Tensor, logits: Tensor) -> bool:
     return torch.allclose(whole.head(features), logits, rtol=1e-4, atol=1e-5)
 
 
-def _decides(whole: SplitClassifier, images: Tensor) -> bool:
-    """Whether the logits are the head's with other weights in it, too: of two heads that begin with zeros either would do."""
+def _head_weights_matter(whole: SplitClassifier, images: Tensor) -> bool:
+    """Whether the head computes the logits with other weights in it, too: with two heads of zeros either would fit at first."""
     parameters = list(whole.head.parameters())
     before = [parameter.clone() for parameter in parameters]
     try:
         generator = torch.Generator().manual_seed(1)
         for parameter in parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        return _agrees(whole, images, whole(images))
+        return _head_gives_logits(whole, images, whole(images))
     finally:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
 
 
 def _check_training(whole: SplitClassifier, images: Tensor) -> None:
-    """Raise a UserError for a model that returns something else in training than in testing; leave its buffers as they are."""
+    """Raise a UserError if the model returns something other than logits in training mode; its buffers are restored."""
     before = [buffer.clone() for buffer in whole.buffers()]
     whole.model.train()
     try:
         with torch.random.fork_rng(devices=[]):
             logits = whole(images)
-    except (RuntimeError, ValueError):  # two images may be too few to normalise; the trainer looks at the run's own batch
+    except (
+        RuntimeError,
+        ValueError,
+    ):  # two images may be too few for a normalisation; the trainer checks the first batch of the run
         return
     finally:
         whole.model.eval()
@@ -308,25 +320,26 @@ def _check_training(whole: SplitClassifier, images: Tensor) -> None:
 
 
 def cut_at(whole: SplitClassifier, image_shape: tuple[int, int], stages: int) -> Cut | None:
-    """Return the cut below the top ``stages`` stages, checked on a dummy batch; None where the model is no chain there."""
+    """Return the cut below the top ``stages`` stages, checked on a dummy batch; None if the model cannot be cut there."""
     cut = find_cut(whole.model, whole.head_name, stages)
-    return cut if cut is not None and _holds(whole, image_shape, cut) else None
+    return cut if cut is not None and _cut_works(whole, image_shape, cut) else None
 
 
 def layers_of(whole: SplitClassifier, image_shape: tuple[int, int]) -> list[Layer]:
-    """Return the backbone as layers, bottom first, every cut checked on a dummy batch: where the model cannot be cut, two
-    layers are one. A single layer: no chain at all.
+    """Return the backbone as a list of layers, bottom first, with every cut checked on a dummy batch.
+
+    Where the model cannot be cut, the two layers become one. A single layer means that it cannot be cut anywhere.
     """
     found: list[Layer] = []
     for layer in layers(whole.model, whole.head_name):
-        if found and not _holds(whole, image_shape, layer.cut):
+        if found and not _cut_works(whole, image_shape, layer.cut):
             found[-1] = Layer((*found[-1].modules, *layer.modules), found[-1].cut)
         else:
             found.append(layer)
     return found
 
 
-def _holds(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None) -> bool:
+def _cut_works(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None) -> bool:
     weight = next(whole.parameters())
     images = torch.randn(2, 3, *image_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     if cut is None:
@@ -337,14 +350,14 @@ def _holds(whole: SplitClassifier, image_shape: tuple[int, int], cut: Cut | None
     handle = entry.register_forward_pre_hook(lambda _, inputs: versions.append(inputs[0]._version))
     try:
         with torch.no_grad():
-            with whole.captured(cut) as seen:
+            with whole.capture(cut) as seen:
                 expected = whole(images, features=True)
             if seen[0].activation._version != versions[0]:
-                return False  # overwritten in place above the cut: it could not be started from again
+                return False  # overwritten in place above the cut, so no pass could start from it
             features = whole(whole(images, until=cut), start=cut, features=True)
         return torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-        return False  # not a chain: what the model does before the cut fails on the activation
+        return False  # not a chain: code of the model before the cut fails on the activation
     finally:
         handle.remove()
         whole.train(training)

@@ -1,36 +1,38 @@
-"""Where a backbone can be cut into a lower and an upper part."""
+"""Where a backbone can be cut into a lower and an upper part, and into layers."""
 
 from typing import NamedTuple
 
 from torch import nn
 
-STAGE_SHARE = 0.02
-"""A link of the chain counts as a stage from this share of the backbone's parameters on: a stem's or a last
-normalisation's few parameters are no stage of their own."""
+STAGE_FRACTION = 0.02
+"""Smallest fraction of the backbone's parameters that makes a link of the chain a stage. Below it are, for example, the stem
+and the last normalisation."""
 
-TRUNK_SHARE = 0.9
-"""A ``Sequential`` with more than this share of the parameters is the chain itself (``features`` of a VGG or ConvNeXt),
-not one of its links (the last stage of a ResNet holds 75 %)."""
+TRUNK_FRACTION = 0.9
+"""A ``Sequential`` with more than this fraction of the model's parameters is the chain itself (like ``features`` of a VGG or
+ConvNeXt), not one of its links (the last stage of a ResNet holds 75 %)."""
 
 
 class Cut(NamedTuple):
     """A place in a chain of modules."""
 
     entry: str
-    """The module whose input crosses the cut."""
+    """Name of the module whose input crosses the cut."""
     below: tuple[str, ...]
-    """The modules under it, bottom first."""
+    """Names of the modules below the cut, bottom first."""
 
 
 def chain(model: nn.Module, head: str) -> list[str]:
-    """Return the modules before ``head`` in order: the model's children, with a ``Sequential`` that holds most
-    parameters, or the head, opened up.
+    """Return the names of the modules before ``head``, in order.
+
+    They are the children of the model; a ``Sequential`` that holds most of the parameters, or the head, is replaced by its own
+    children.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     links: list[str] = []
     for name, child in model.named_children():
-        share = sum(parameter.numel() for parameter in child.parameters()) / max(total, 1)
-        if isinstance(child, nn.Sequential) and (share > TRUNK_SHARE or head.startswith(name + ".")):
+        fraction = sum(parameter.numel() for parameter in child.parameters()) / max(total, 1)
+        if isinstance(child, nn.Sequential) and (fraction > TRUNK_FRACTION or head.startswith(name + ".")):
             links += [f"{name}.{inner}" for inner, _ in child.named_children()]
         else:
             links.append(name)
@@ -38,13 +40,13 @@ def chain(model: nn.Module, head: str) -> list[str]:
 
 
 def find_cut(model: nn.Module, head: str, stages: int) -> Cut | None:
-    """Return the cut with ``stages`` stages above it; None if the model has no more stages than that.
+    """Return the cut with ``stages`` stages above it; None if the model has no more than ``stages`` stages.
 
-    Whether the modules really form a chain only a run can tell: see ``split.cut_at``.
+    Only a forward pass can tell whether the modules really form a chain: ``split.cut_at`` checks it.
     """
     links = chain(model, head)
     sizes = [sum(parameter.numel() for parameter in model.get_submodule(link).parameters()) for link in links]
-    threshold = STAGE_SHARE * sum(sizes)
+    threshold = STAGE_FRACTION * sum(sizes)
     positions = [position for position, size in enumerate(sizes) if size >= threshold and size > 0]
     if len(positions) <= stages:
         return None
@@ -53,18 +55,20 @@ def find_cut(model: nn.Module, head: str, stages: int) -> Cut | None:
 
 
 class Layer(NamedTuple):
-    """A piece of the chain that an approximation may count or leave out: a residual block of a ResNet, its stem."""
+    """A part of the backbone that an approximation can count or leave out, such as a residual block or the stem of a ResNet."""
 
     modules: tuple[str, ...]
+    """Names of its modules, bottom first."""
     cut: Cut | None
-    """Right below it; None for the lowest."""
+    """The cut right below it; None for the lowest layer."""
 
 
 def layers(model: nn.Module, head: str) -> list[Layer]:
-    """Return the chain as layers, bottom first, without the head: stages opened into their blocks, and modules without
-    a weight matrix (normalisations, activations, pooling) put to the layer before them.
+    """Return the backbone as a list of layers, bottom first.
 
-    Whether the modules really form a chain only a run can tell: see ``split.layers_of``.
+    Stages are divided into their blocks, and modules without a weight matrix (normalisations, activations, pooling) are added
+    to the layer before them. Only a forward pass can tell whether the modules really form a chain: ``split.layers_of``
+    checks it.
     """
     links: list[str] = []
     for link in chain(model, head):
@@ -72,7 +76,7 @@ def layers(model: nn.Module, head: str) -> list[Layer]:
         opened = isinstance(module, nn.Sequential) and len(module) > 1
         links += [f"{link}.{inner}" for inner, _ in module.named_children()] if opened else [link]
     pieces: list[list[str]] = [[]]
-    begun = False  # whether the last piece has a weight matrix
+    begun = False  # whether the current piece already has a weight matrix
     for link in links:
         weighty = any(parameter.dim() > 1 for parameter in model.get_submodule(link).parameters())
         if weighty and begun:

@@ -1,7 +1,7 @@
 """Batch normalisation over the batch of all ranks (``--sync-bn``).
 
-torch's ``SyncBatchNorm`` works on GPUs alone and has no forward-mode derivative, which the meta-gradient is made of; so this
-computes the same in plain torch, on any device, with both derivatives. With x̂ = (x − μ)/σ, and the means over all ranks,
+torch's ``SyncBatchNorm`` runs on GPUs only, and has no forward-mode derivative, which the meta-gradient needs. This module
+computes the same in plain torch, on any device, with both derivatives. With x̂ = (x − μ)/σ, and all means over all ranks,
 
     backward: dx = γ/σ (dy − mean dy − x̂ mean(x̂ dy))         forward: ẏ = γ/σ (ẋ − mean ẋ − x̂ mean(x̂ ẋ)) + γ̇ x̂ + β̇
 """
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastadvisor.models.normalisation import affine, combined, inner_sums
+from fastadvisor.models.normalisation import affine, combine, inner_sums
 from fastadvisor.runtime.ranks import Ranks
 
 
 class SynchronisedBatchNorm(_BatchNorm):
-    """A batch normalisation of any dimension whose training statistics are those of all ranks' images."""
+    """A batch normalisation of any dimension whose training statistics are taken over the images of all ranks."""
 
     ranks: Ranks
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Take whatever has channels second, as the layers that are replaced did."""
+        """Accept any input (B, C, ...), of whatever dimension the replaced layer accepted."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, ...)."""
@@ -40,9 +40,9 @@ class SynchronisedBatchNorm(_BatchNorm):
 
 
 def synchronise(module: nn.Module, ranks: Ranks) -> int:
-    """Make the batch normalisations of ``module`` those of all ranks; return how many there are.
+    """Make all batch normalisations in ``module`` normalise over all ranks; return their number.
 
-    Layers keep their parameters, buffers and names, so the state dict stays that of the plain model.
+    The layers keep their parameters, buffers and names, so the state dict does not change.
     """
     plain = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and type(layer) is not nn.SyncBatchNorm]
     for layer in plain:
@@ -53,7 +53,7 @@ def synchronise(module: nn.Module, ranks: Ranks) -> int:
 
 
 def separate(module: nn.Module) -> None:
-    """Undo :func:`synchronise`."""
+    """Undo :func:`synchronise`: every layer normalises over the images of its own rank again."""
     for layer in module.modules():
         if isinstance(layer, SynchronisedBatchNorm):
             layer.__class__ = layer.plain_class  # type: ignore[assignment]
@@ -70,7 +70,7 @@ def batch_norm(
     eps: float,
     ranks: Ranks,
 ) -> Tensor:
-    """Normalise (B, C, ...) by the statistics of all ranks, and move the running ones; B may differ among ranks."""
+    """Normalise ``input`` (B, C, ...) over all ranks, and update the running statistics; B may differ between ranks."""
     if has_torch_function((input,)):
         return handle_torch_function(batch_norm, (input,), input, running_mean, running_var, weight, bias, momentum, eps, ranks)
     mean, var, count = statistics(input.detach(), ranks)
@@ -84,9 +84,10 @@ def batch_norm(
 
 
 def statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and biased variance a channel (C,), float32 at least, and the number of values a channel, of all ranks.
+    """Return mean and biased variance of each channel (C,), in float32 or wider, and the number of values of a channel.
 
-    One message: the variance as a difference of means of squares, in float64, where that loses nothing of float32.
+    All three are over all ranks, which exchange one message. The variance is a difference of means of squares; it is computed
+    in float64, so that it is accurate in float32.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     dims = [0, *range(2, x.dim())]
@@ -101,19 +102,19 @@ def statistics(x: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inner_means(d: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, count: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return the means over all ranks of x̂ d and of d a channel: (C,) each."""
+    """Return the means of x̂ d and of d of each channel over all ranks, (C,) each."""
     sums = ranks.total(torch.stack(inner_sums(d, x, mean, inverse))) / count
     return sums[0], sums[1]
 
 
 def saved_statistics(output: Tensor) -> tuple[Tensor, ...]:
-    """Return mean, 1/σ and count as the graph of :func:`batch_norm` holds them; nothing where there is no graph."""
+    """Return mean, 1/σ and count from the graph of an ``output`` of :func:`batch_norm`; empty if it has no graph."""
     node: Any = output.grad_fn
     return tuple(node.saved_tensors[2:]) if getattr(node, "_forward_cls", None) is _Normalise else ()
 
 
 class _Normalise(torch.autograd.Function):
-    """y = γ (x − μ)/σ + β, with μ and σ as functions of x on all ranks."""
+    """y = γ (x − μ)/σ + β, differentiated with μ and σ as functions of x on all ranks."""
 
     @staticmethod
     def forward(
@@ -131,10 +132,10 @@ class _Normalise(torch.autograd.Function):
         of_gamma, of_beta = inner_sums(dy, x, mean, inverse)
         mean_hat, mean_dy = ctx.ranks.total(torch.stack([of_gamma, of_beta])) / count
         slope = gamma * inverse
-        dx = combined(dy, slope, x, -inverse * slope * mean_hat, mean, -slope * mean_dy)
+        dx = combine(dy, slope, x, -inverse * slope * mean_hat, mean, -slope * mean_dy)
         return dx, of_gamma.to(gamma.dtype), of_beta.to(gamma.dtype), None, None, None, None
 
 
 def _shaped(channels: Tensor, like: Tensor) -> Tensor:
-    """Return (C,) as (1, C, 1, ...), to go with ``like``."""
+    """Return ``channels`` (C,) as (1, C, 1, ...), so that it broadcasts with ``like``."""
     return channels.reshape(1, -1, *(1 for _ in like.shape[2:]))

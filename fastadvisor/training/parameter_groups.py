@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from fastadvisor.models import SplitClassifier
-from fastadvisor.models.stages import TRUNK_SHARE, layers
+from fastadvisor.models.stages import TRUNK_FRACTION, layers
 
 
 def parameter_groups(model: SplitClassifier, layer_decay: float, lr: float) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def _levels(model: SplitClassifier) -> list[list[nn.Module]]:
 
     def opened(module: nn.Module) -> list[nn.Module]:
         """Return the blocks of a module that holds most of the model, such as the encoder of torchvision's ViT."""
-        if sum(parameter.numel() for parameter in module.parameters()) <= TRUNK_SHARE * total:
+        if sum(parameter.numel() for parameter in module.parameters()) <= TRUNK_FRACTION * total:
             return [module]
         return [piece for child in module.children() for piece in opened(child)] or [module]
 

@@ -7,11 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import TrainingData, load_source, prepare
 from fastadvisor.errors import UserError
 from fastadvisor.loading.choose import choose_geometry
-from fastadvisor.methods import check_method  # and the methods' settings, which the run's file holds, are known
+from fastadvisor.methods import METHODS, DataFacts, Method, build_method, check_method
+from fastadvisor.methods.base import Adjusted
 from fastadvisor.models import SplitClassifier, build_model
 from fastadvisor.runtime import checkpoint as checkpoints
 from fastadvisor.runtime.run_folder import RunFolder
@@ -108,6 +111,23 @@ class SavedRun:
         model = build_model(self.config, len(self.classes or self.data().classes), (size, size))
         checkpoints.load_model_state(model.model, weights, self.path(checkpoint))
         return model.eval()
+
+    def tested_model(self, checkpoint: str = "model", size: int | None = None) -> nn.Module:
+        """Return :meth:`model` as the run tested it: with :meth:`Method.adjust` applied to its logits, if the method has one.
+
+        Args:
+            checkpoint: one of ``CHECKPOINTS``.
+            size: side in pixels of the images that it is to take; None: of those it was trained on.
+
+        Raises:
+            UserError: as :meth:`model`; for a method that adjusts logits, also as :meth:`data`.
+        """
+        model = self.model(checkpoint, size)
+        if METHODS[self.config.method].adjust is Method.adjust:
+            return model
+        data = self.data()
+        facts = DataFacts(len(data.classes), len(data.labels), data.label_counts())
+        return Adjusted(model, build_method(self.config, model.head.in_features, facts)).eval()
 
     def image_size(self) -> int:
         """Return the side in pixels of the images of a batch; of a run that has not finished it is found from the data.

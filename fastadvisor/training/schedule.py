@@ -47,11 +47,11 @@ def divide(stages: Sequence[Stage], epochs: int) -> list[StageEpochs]:
     A stage with any share gets one epoch at least, as long as there are epochs for all of them.
     """
     divided, start, share = [], 0, 0.0
-    left = sum(stage.share > 0 for stage in stages)
+    left = sum(stage.fraction > 0 for stage in stages)
     least = 1 if epochs >= left else 0
     for stage in stages:
-        share += stage.share
-        wanted = stage.share > 0
+        share += stage.fraction
+        wanted = stage.fraction > 0
         left -= wanted
         end = min(max(round(share * epochs), start + least * wanted), epochs - least * left)
         divided.append(StageEpochs(stage, start, end))

@@ -180,7 +180,7 @@ def test_a_method_with_its_own_loss_is_exact_without_a_closed_form(attached):
 def test_the_closed_form_equals_a_double_backward_behind_the_features(method, attached, monkeypatch):
     task = problem(method)
     closed = task.gradient(ForwardEngine(plain), attached=attached)
-    monkeypatch.setattr(head_tangent, "closed_tangent", head_tangent.double_backward_tangent)
+    monkeypatch.setattr(head_tangent, "closed_form_tangent", head_tangent.double_backward_tangent)
     assert relative(closed.gradients, task.gradient(ForwardEngine(plain), attached=attached).gradients) <= 1e-12
 
 
@@ -355,10 +355,10 @@ def test_a_trainable_parameter_of_the_head_without_a_direction_is_an_error():
     task = problem()
     engine = ForwardEngine(plain)
     posed = task.posed(engine)
-    _, gradient = engine.gradient_at(task.model, engine.virtual_train(posed), task.meta)
+    _, gradient = engine.differentiate_meta_loss(task.model, engine.virtual_train(posed), task.meta)
     del gradient["model.fc.weight"]
     with pytest.raises(KeyError, match=r"model\.fc\.weight"):
-        engine.to_advisor(posed, gradient)
+        engine.propagate_to_advisor(posed, gradient)
 
 
 @torch.library.custom_op("fastadvisor_tests::twice", mutates_args=())

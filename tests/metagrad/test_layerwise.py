@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from fastadvisor.metagrad import ForwardEngine, GradientSamplers, LayerwiseEngine, LearnedLayers, ReferenceEngine
 from fastadvisor.metagrad import forward as forward_module
-from fastadvisor.metagrad.layerwise import POOLED, pooled
+from fastadvisor.metagrad.layerwise import POOLED, pool_gradient
 from fastadvisor.models import layers_of
 from tests.metagrad.problem import CLASSES, NETWORKS, SIZE, flat, plain, problem, relative
 
@@ -65,7 +65,7 @@ def test_layers_of_the_actual_steps_virtual_weights(method, chosen, monkeypatch)
     monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor([*chosen, *(set(range(n)) - set(chosen))]))
     posed = task.posed(engine)
     virtual = ForwardEngine(plain).virtual_train(posed)
-    got = engine.meta_gradient(replace(posed, stepped=True), virtual, task.meta)
+    got = engine.meta_gradient(replace(posed, uses_actual_step=True), virtual, task.meta)
     assert relative(got.gradients, summed_over(task, active_names(engine, task.model), moved=set(virtual))) <= 1e-12
 
 
@@ -115,7 +115,7 @@ def test_a_difference_along_nothing_is_nothing():
     engine = ForwardEngine(plain, tangent="difference")
     posed = task.posed(engine)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in task.model.part_parameters().items()}
-    assert all(torch.equal(part, torch.zeros_like(part)) for part in engine.to_advisor(posed, zeros))
+    assert all(torch.equal(part, torch.zeros_like(part)) for part in engine.propagate_to_advisor(posed, zeros))
 
 
 def test_nothing_below_the_lowest_active_layer_is_touched(monkeypatch):
@@ -205,7 +205,7 @@ def test_the_effect_of_a_layer_is_the_derivative_of_what_the_samplers_minimise(m
         with task.model.frozen_statistics():
             loss = cross_entropy(functional_call(task.model, moved, (task.meta.images,)), task.meta.labels)
         (of_meta,) = torch.autograd.grad(loss, moved[head])
-        mismatch = (pooled(task.model.head.weight.grad) - pooled(of_meta)).square().sum()
+        mismatch = (pool_gradient(task.model.head.weight.grad) - pool_gradient(of_meta)).square().sum()
         return float(loss.detach() + matching_weight * mismatch.detach())
 
     for index in range(len(engine.layers)):

@@ -82,9 +82,9 @@ def test_a_gradient_of_zero_has_no_direction_and_two_of_them_agree():
     engine, _ = validated()
     zero = MetaGradient(torch.tensor(0.0), (torch.zeros(3),))
     one = MetaGradient(torch.tensor(0.0), (torch.ones(3),))
-    engine._judge(zero, zero)
-    engine._judge(zero, one)
-    engine._judge(one, zero)
+    engine._compare(zero, zero)
+    engine._compare(zero, one)
+    engine._compare(one, zero)
     assert [check.cosine for check in engine.checks] == [1, 0, 0]
 
 

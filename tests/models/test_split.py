@@ -9,7 +9,7 @@ from fastadvisor.config import ModelConfig
 from fastadvisor.errors import UserError
 from fastadvisor.models import SplitClassifier, build_model, check_model, cut_at, layers_of, split
 from fastadvisor.models.cifar_resnet import CifarResNet
-from fastadvisor.models.split import swapped
+from fastadvisor.models.split import swap_modules
 
 CLASSES = 7
 NAMES = {  # image size, features
@@ -139,7 +139,7 @@ def test_modules_come_back_when_forward_raises():
 def test_modules_come_back_when_a_name_is_wrong():
     model = CifarResNet(8, 5)
     before = modules(model)
-    with pytest.raises(AttributeError), swapped(model, {"fc": nn.Identity(), "nothing.here": nn.Identity()}):
+    with pytest.raises(AttributeError), swap_modules(model, {"fc": nn.Identity(), "nothing.here": nn.Identity()}):
         raise AssertionError("unreachable")
     assert modules(model) == before
 
@@ -398,7 +398,7 @@ def test_captured_sees_every_pass_and_the_random_state():
     cut = cut_at(whole, (2, 2), 1)
     assert cut.entry == "3"
     images = torch.randn(4, 3, 2, 2)
-    with whole.captured(cut) as seen:
+    with whole.capture(cut) as seen:
         logits = [whole(images), whole(images)]
     whole(images)
     assert len(seen) == 2

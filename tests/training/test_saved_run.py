@@ -10,6 +10,7 @@ from PIL import Image
 
 import fastadvisor
 from fastadvisor.errors import UserError
+from fastadvisor.methods import METHODS
 from fastadvisor.training.saved_run import SavedRun
 
 CLASSES = ["ant", "bee", "cat", "dog"]
@@ -61,6 +62,16 @@ def test_classes_in_another_order_are_matched_by_name(trained, reordered, checkp
     assert after["per_class_top1"] == before["per_class_top1"]
     assert list(after["per_class_top1"]) == CLASSES
     assert after["many_medium_few"] == before["many_medium_few"]
+
+
+def test_the_method_adjusts_the_logits_as_it_does_in_training(trained, reordered, monkeypatch):
+    plain = fastadvisor.evaluate(trained / "run", device="cpu")
+    # Every image is taken for one of the rarest class by the labels as given, "dog".
+    monkeypatch.setattr(METHODS["ce"], "adjust", lambda self, z: z - 1e6 * self.facts.label_counts)
+    for root in (trained, reordered):
+        adjusted = fastadvisor.evaluate(trained / "run", data_root=str(root), device="cpu")
+        assert adjusted["per_class_top1"] == {"ant": 0, "bee": 0, "cat": 0, "dog": 100}
+        assert adjusted["top1"] < plain["top1"]
 
 
 @pytest.mark.parametrize("checkpoint", ["model", "best", "last"])

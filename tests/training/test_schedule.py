@@ -93,13 +93,13 @@ def test_one_stage_is_the_whole_run(epochs):
     ],
 )
 def test_shares_round_to_whole_epochs(shares, epochs, want):
-    assert bounds([Stage(share=share) for share in shares], epochs) == want
+    assert bounds([Stage(fraction=share) for share in shares], epochs) == want
 
 
 @pytest.mark.parametrize("epochs", range(1, 40))
 @pytest.mark.parametrize("shares", [(0.1,) * 10, (0.15, 0.35, 0.5), (0.99, 0.01)])
 def test_every_epoch_belongs_to_one_stage(shares, epochs):
-    parts = bounds([Stage(share=share) for share in shares], epochs)
+    parts = bounds([Stage(fraction=share) for share in shares], epochs)
     assert [epoch for start, end in parts for epoch in range(start, end)] == list(range(epochs))
 
 
