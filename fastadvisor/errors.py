@@ -36,7 +36,7 @@ def too_many_open_files() -> UserError:
     return UserError("Too many files are open at once: raise the limit (ulimit -n 65536), or lower --workers.")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest entry of ``known``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

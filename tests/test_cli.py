@@ -357,7 +357,7 @@ def test_the_essentials_come_first_and_all_flags_under_titles(capsys):
         "Output",
     ]
     assert "--momentum" not in first
-    for setting in config.settings_of(config.Config).values():
+    for setting in config.list_settings(config.Config).values():
         assert setting.flag in whole or f"--no-{setting.flag[2:]}" in whole
     assert "Method mes, mfrw-mes\n  --beta-probability X" in whole
     assert "Meta-gradient (l2rw, mw-net, mfrw, mes, mfrw-mes)\n" in whole
@@ -390,8 +390,8 @@ def test_help_and_version_without_torch():
     ("name", "may"), [("beta_draw", True), ("no_beta_draw", True), ("beta_drw", True), ("noise_rat", False), ("zzz", False)]
 )
 def test_what_may_be_a_setting_of_a_method(monkeypatch, name, may):
-    monkeypatch.setattr(flags, "settings_of", lambda kind: [field.name for field in dataclasses.fields(kind)])
-    assert flags.may_be_of_a_method(name, config.Config) == may
+    monkeypatch.setattr(flags, "list_settings", lambda kind: [field.name for field in dataclasses.fields(kind)])
+    assert flags.may_belong_to_method(name, config.Config) == may
 
 
 @pytest.mark.parametrize("line", ["train --noise-rat 3", "train --epochs 0", "train --wandb", "compare --method ce", "train x"])

@@ -17,7 +17,9 @@ HARD = "\u00a0"
 """A space at which no line ends."""
 
 
-def page(command: str, description: str, settings: Sequence[Setting], defaults: Mapping[str, Any], *, essentials: bool) -> str:
+def format_help(
+    command: str, description: str, settings: Sequence[Setting], defaults: Mapping[str, Any], *, essentials: bool
+) -> str:
     """Return a command's help: its flags under titles, with their defaults.
 
     Args:

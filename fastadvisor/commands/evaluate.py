@@ -36,7 +36,7 @@ def evaluate_run(
     config, chosen, data = saved.config, pick_device(device), saved.data()
     test, size = build_test_loader(config, data, chosen)
     model = saved.model(checkpoint, size)
-    with memory.enough(chosen), closing(test):
+    with memory.explain_out_of_memory(chosen), closing(test):
         result = accuracy(
             model.to(chosen),
             test,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastadvisor.config.metadata import ESSENTIAL, Only
-from fastadvisor.config.registry import complete, methods_that_use, registered_methods, registered_settings
+from fastadvisor.config.registry import add_method_settings, methods_that_use, registered_methods, registered_settings
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Setting:
     @property
     def help(self) -> str:
         """What it does: the string under its declaration, in one line; empty where there is no source to read it from."""
-        return help_texts(self.owner).get(self.name, "")
+        return read_help_texts(self.owner).get(self.name, "")
 
     def from_text(self, text: str) -> Any:
         """Return what ``text``, as it stands on the command line, means: a number, None, or else the text itself."""
@@ -79,9 +79,9 @@ class Setting:
         return text
 
 
-def settings_of(kind: type) -> dict[str, Setting]:
+def list_settings(kind: type) -> dict[str, Setting]:
     """Return the settings of a configuration by name, in order; those of registered methods are among them."""
-    return {field.name: _setting(field.name, complete(kind)) for field in fields(complete(kind))}
+    return {field.name: _setting(field.name, add_method_settings(kind)) for field in fields(add_method_settings(kind))}
 
 
 def _setting(name: str, kind: type) -> Setting:
@@ -110,7 +110,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 @functools.cache
-def help_texts(kind: type) -> Mapping[str, str]:
+def read_help_texts(kind: type) -> Mapping[str, str]:
     """Return the string under each field of the class ``kind``, in one line.
 
     They are read from the source, which an installed package and a zip have as well; without it there are none.

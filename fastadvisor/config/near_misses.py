@@ -90,7 +90,7 @@ ANSWERS = {
 """By names, separated by spaces, what to say."""
 
 
-def near_miss(name: str, known: Collection[str]) -> str | None:
+def answer_near_miss(name: str, known: Collection[str]) -> str | None:
     """Return a sentence on the setting ``name``, which is none of ours, or None where nothing is known of it.
 
     Args:

@@ -43,7 +43,7 @@ class CompareConfig(Config, GridConfig):
 
 
 @dataclass
-class LookConfig:
+class ThoroughnessConfig:
     """How closely a data set is looked at."""
 
     TITLE: ClassVar = "Check"
@@ -53,11 +53,11 @@ class LookConfig:
 
 
 @dataclass
-class CheckConfig(Config, LookConfig):
+class CheckConfig(Config, ThoroughnessConfig):
     """``fastadvisor data check``: the settings of train; those that concern no data are passed over."""
 
     @classmethod
     def has_flag(cls, name: str) -> bool:
         """Return whether the setting ``name`` is a flag of the command."""
-        own = (field.name for kind in (DataConfig, LookConfig) for field in fields(kind))
+        own = (field.name for kind in (DataConfig, ThoroughnessConfig) for field in fields(kind))
         return name in (*own, "max_bad_fraction", "seed", "output")

@@ -15,7 +15,7 @@ from fastadvisor.datasets.class_labels import class_numbers
 from fastadvisor.datasets.images import FileImages, Images, TarImages, originals, rows_among
 from fastadvisor.datasets.paths import Ints, PathTable
 from fastadvisor.datasets.readers.imagefolder import EXTENSIONS
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 
 CLEAN = "clean_label"
 """In a file of several labels, those of the data set itself: proof that it is in the same order."""
@@ -240,7 +240,7 @@ def _one_of(found: dict[str, NDArray[np.integer]], path: Path, key: str | None, 
     if key is None:
         raise UserError(f"{path} holds several labels: name one with --labels-key, of {names}.")
     if key not in found:
-        raise UserError(f"{path} holds no {key}.{nearest(key, found)} It holds {names}.")
+        raise UserError(f"{path} holds no {key}.{suggest(key, found)} It holds {names}.")
     clean = found.get(CLEAN)
     if clean is not None and len(clean) == len(own):
         wrong = np.flatnonzero(clean != own)
@@ -305,7 +305,7 @@ def _label_column(header: Sequence[str], path: Path, key: str | None, *, one_col
     """Return which column holds the labels; None where there is one without a header."""
     if key is not None:
         if key.lower() not in header:
-            raise UserError(f"{path} has no column {key}.{nearest(key, header)} Its first line names {', '.join(header)}.")
+            raise UserError(f"{path} has no column {key}.{suggest(key, header)} Its first line names {', '.join(header)}.")
         return header.index(key.lower())
     known = [name for name in header if name in LABEL_COLUMNS]
     if "label" in known or len(known) == 1:

@@ -46,7 +46,7 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("fastadvisor", _plain)
 
 
-def hold_any_character() -> None:
+def accept_any_character() -> None:
     """Let standard output and error take any text, whatever their encoding: hours of training are not to end in a ``±``, or in
     the name of a file that is in no encoding at all.
     """
@@ -56,7 +56,7 @@ def hold_any_character() -> None:
             reconfigure(errors="fastadvisor")
 
 
-def printable(text: str, stream: TextIO) -> str:
+def make_printable(text: str, stream: TextIO) -> str:
     """Return ``text`` as ``stream`` can hold it."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "fastadvisor").decode(encoding)
@@ -84,7 +84,7 @@ class Console(logging.Handler):
 
 
 @contextlib.contextmanager
-def shown(progress: bool = True) -> Iterator[None]:
+def show_log(progress: bool = True) -> Iterator[None]:
     """Print inside the block what is logged: notes, and progress if it is wanted here and in the blocks around this one.
 
     Progress needs the level INFO, which the caller's own handlers at the root may not have asked for: they get what the level
@@ -116,11 +116,11 @@ def write(text: str, stream: TextIO | None) -> None:
     if stream is None:  # Python started without one
         return
     with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed
-        tqdm.write(printable(text, stream), file=stream)
+        tqdm.write(make_printable(text, stream), file=stream)
         stream.flush()
 
 
-def leave_dead_streams() -> None:
+def detach_dead_streams() -> None:
     """Point standard output and error to nowhere if they cannot be written to any more. What is left in their buffers would be
     written when the interpreter ends, which would end with a status of its own (120).
     """
@@ -135,7 +135,7 @@ def leave_dead_streams() -> None:
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def note(lines: Iterable[str]) -> None:
+def log_notes(lines: Iterable[str]) -> None:
     """Log what the user must know of the data or the run, a record a line."""
     for line in lines:
         LOGGER.warning("%s", line)

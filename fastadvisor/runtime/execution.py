@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadvisor.runtime.random_state import CommonRandomness
-from fastadvisor.runtime.ranks import ALONE, Ranks, added
+from fastadvisor.runtime.ranks import ALONE, Ranks, add_gradients
 from fastadvisor.runtime.share import Share
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Execution:
                 total = self.ranks.gradients(loss, inputs, total, **options)
             else:
                 found = torch.autograd.grad(loss, inputs, **options)
-                total = found if total is None else tuple(map(added, found, total))
+                total = found if total is None else tuple(map(add_gradients, found, total))
             if done is not None:
                 done(part)
         assert total is not None

@@ -21,7 +21,7 @@ GRACE = 20.0
 """Seconds in which an iteration, a batch of a test or a save ends: torchrun waits for 30 before it kills."""
 
 
-class Wish(IntEnum):
+class Action(IntEnum):
     """What is to be done after an iteration; of several ranks' wishes the largest counts."""
 
     NOTHING = 0
@@ -108,14 +108,14 @@ class SaveClock:
         """Begin to count anew."""
         self._last = time.monotonic()
 
-    def wish(self, iteration: int) -> Wish:
+    def decide(self, iteration: int) -> Action:
         """Return what all ranks are to do after ``iteration``, counted from 1."""
         self.interruption.steps += 1
-        mine = Wish.NOTHING
+        mine = Action.NOTHING
         if self.interruption.signal is not None:
-            mine = Wish.STOP
+            mine = Action.STOP
         elif self.ranks.first and self._due(iteration):
-            mine = Wish.SAVE
+            mine = Action.SAVE
         if self.ranks.count == 1:
             return mine
         agreed = self.settle()
@@ -123,13 +123,13 @@ class SaveClock:
         self._vote = vote, dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True)
         return agreed
 
-    def settle(self) -> Wish:
+    def settle(self) -> Action:
         """Return what the votes under way come to."""
         if self._vote is None:
-            return Wish.NOTHING
+            return Action.NOTHING
         (vote, work), self._vote = self._vote, None
         work.wait()
-        return Wish(int(vote))
+        return Action(int(vote))
 
     def _due(self, iteration: int) -> bool:
         by_clock = self.minutes > 0 and time.monotonic() - self._last >= 60 * self.minutes

@@ -16,7 +16,7 @@ CPU_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 
 @contextmanager
-def enough(device: torch.device) -> Iterator[None]:
+def explain_out_of_memory(device: torch.device) -> Iterator[None]:
     """Turn running out of memory inside the block, here or in a worker process of a loader, into an OutOfMemoryError or another
     UserError.
     """

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fastadvisor.errors import UserError
-from fastadvisor_kernels.dispatch import by_triton
+from fastadvisor_kernels.dispatch import uses_triton
 
 
 def amp_dtype(choice: Literal["auto", "bfloat16", "float16"], device: torch.device) -> torch.dtype:
@@ -36,7 +36,7 @@ def memory_format(choice: str, device: torch.device, *, amp: bool) -> torch.memo
 
 
 @contextmanager
-def tuned_convolutions(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+def tune_convolutions(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """Let cuDNN time its algorithms and keep the fastest inside the block, on a GPU and where the numbers need not be the same
     each time: the shapes of a run are few.
     """
@@ -69,6 +69,6 @@ def check_kernels(device: torch.device) -> None:
         UserError: they cannot, or there are none of that name.
     """
     try:
-        by_triton(torch.empty(0, device=device))
+        uses_triton(torch.empty(0, device=device))
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -42,7 +42,7 @@ class RandomState(NamedTuple):
         return {"cpu": self.cpu, "cuda": next(iter(self.cuda.values()), None)}
 
     @classmethod
-    def of_plain(cls, state: Mapping[str, Any], device: torch.device) -> "RandomState":
+    def from_plain(cls, state: Mapping[str, Any], device: torch.device) -> "RandomState":
         """Return what :meth:`to_plain` was taken of, for ``device``; a GPU that was not used then goes on from today's."""
         now = cls.now(device)
         cuda = now.cuda if state["cuda"] is None else dict.fromkeys(now.cuda, state["cuda"])
@@ -85,7 +85,7 @@ class CommonRandomness:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``, that of one process or of several, as one process or as several."""
-        found = RandomState.of_plain(state, self.device)
+        found = RandomState.from_plain(state, self.device)
         if self.share.ranks > 1:
             self._state = found
         else:

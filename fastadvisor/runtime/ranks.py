@@ -95,7 +95,7 @@ class Ranks:
         """
         if self.count == 1:
             found = torch.autograd.grad(loss, inputs, **options)
-            return found if plus is None else tuple(map(added, found, plus))
+            return found if plus is None else tuple(map(add_gradients, found, plus))
         buckets = _Buckets(inputs, self.count, plus)
         handles = [
             tensor.register_hook(lambda gradient, at=at: buckets.ready(at, gradient)) for at, tensor in enumerate(inputs)
@@ -135,7 +135,7 @@ class Ranks:
         dist.gather_object(value, values)
         return values or []
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value`` on all ranks."""
         if self.count == 1:
             return value
@@ -144,7 +144,7 @@ class Ranks:
         return box[0]
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
+    def let_first_go_ahead(self) -> Iterator[None]:
         """Let rank 0 through the block before the others."""
         if not self.first:
             self.wait()
@@ -157,13 +157,13 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def align(self, module: torch.nn.Module) -> None:
+    def broadcast_module(self, module: torch.nn.Module) -> None:
         """Give all ranks rank 0's parameters and buffers."""
         if self.count > 1:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.detach(), 0)
 
-    def align_buffers(self, module: torch.nn.Module) -> None:
+    def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give all ranks rank 0's buffers, such as running statistics, which each has gathered from its own images."""
         if self.count > 1:
             for tensor in module.buffers():
@@ -184,13 +184,13 @@ ALONE = Ranks()
 LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process exited|by peer|timed out", re.IGNORECASE)
 
 
-def is_lost(error: BaseException) -> bool:
+def means_lost_rank(error: BaseException) -> bool:
     """Whether ``error`` is what a collective raises where another rank has ended."""
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return many and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
 
 
-def speaks(message: str) -> bool:
+def claim_message(message: str) -> bool:
     """Whether this process is the one to print ``message``: of several ranks that fail alike, the first to come."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
@@ -214,7 +214,7 @@ def _agent_store(timeout: timedelta) -> Store | None:
     return PrefixStore(f"fastadvisor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
 
 
-def added(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
+def add_gradients(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
     """Return the sum of two gradients, of which either may be missing."""
     return more if gradient is None else gradient if more is None else gradient + more
 
@@ -281,7 +281,7 @@ class _Buckets:
         return tuple(means)
 
     def _of(self, at: int) -> Tensor | None:
-        return self.gradients[at] if self.plus is None else added(self.gradients[at], self.plus[at])
+        return self.gradients[at] if self.plus is None else add_gradients(self.gradients[at], self.plus[at])
 
     def _send(self) -> None:
         members = self.members[len(self.flying)]

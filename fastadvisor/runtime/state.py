@@ -125,7 +125,7 @@ class Optimizer(Checked):
 
     def load_from(self, state: Any, path: Path | str) -> None:
         """Go on from ``state``."""
-        load_state(self.optimizer, state)
+        load_optimizer_state(self.optimizer, state)
 
 
 class RandomStates:
@@ -199,7 +199,7 @@ def _load(part: Part, state: Any, path: Path | str) -> None:
         part.load_state_dict(state)
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Continue from ``state``, a state dict, with the implementation that ``optimizer`` has here: whether it is fused depends
     on the machine and on what the run is watched for, and torch would take it from the state dict.
     """

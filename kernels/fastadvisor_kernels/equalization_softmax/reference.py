@@ -12,7 +12,7 @@ Beta = None | float | Tensor | Bernoulli
 Reduction = Literal["none", "mean", "sum"]
 
 
-def binary(beta: Beta, dtype: torch.dtype) -> bool:
+def is_binary(beta: Beta, dtype: torch.dtype) -> bool:
     """Return whether β is 0 or 1 everywhere; a float that is as good as 1 counts: log1p(−β σ(v)) would be −inf for large v.
 
     Raises:
@@ -43,7 +43,7 @@ def log_weights(v_BC: Tensor, y_B: Tensor, beta: Beta = None) -> Tensor:
         ValueError: a float ``beta`` outside [0, 1], or a tensor of another shape.
     """
     check_beta(beta, v_BC)
-    if not binary(beta, v_BC.dtype):
+    if not is_binary(beta, v_BC.dtype):
         a_BC = torch.log1p(-beta * torch.sigmoid(v_BC))  # type: ignore[operator]
     elif isinstance(beta, Tensor | Bernoulli):
         a_BC = torch.where(_mask(beta, v_BC), -softplus(v_BC), 0.0)
@@ -55,7 +55,7 @@ def log_weights(v_BC: Tensor, y_B: Tensor, beta: Beta = None) -> Tensor:
 def log_weight_slopes(v_BC: Tensor, y_B: Tensor, beta: Beta = None) -> Tensor:
     """Return ∂a_k/∂v_k of :func:`log_weights` (B, C): −β σ(v), for a fractional β −β σ(v) σ(−v) / (1 − β σ(v)), and 0 at y."""
     s_BC = torch.sigmoid(v_BC)
-    if not binary(beta, v_BC.dtype):
+    if not is_binary(beta, v_BC.dtype):
         slope_BC = -beta * s_BC * torch.sigmoid(-v_BC) / (1 - beta * s_BC)  # type: ignore[operator]
     elif isinstance(beta, Tensor | Bernoulli):
         slope_BC = torch.where(_mask(beta, v_BC), -s_BC, 0.0)
@@ -190,7 +190,7 @@ def check_beta(beta: Beta, v_BC: Tensor) -> None:
     """Raise a ValueError unless ``beta`` suits (B, C)."""
     if isinstance(beta, Tensor) and beta.shape not in ((1, 1), (len(v_BC), 1), v_BC.shape):
         raise ValueError(f"beta must be (1, 1), (B, 1) or (B, C) for (B, C) = {tuple(v_BC.shape)}, got {tuple(beta.shape)}.")
-    binary(beta, v_BC.dtype)
+    is_binary(beta, v_BC.dtype)
 
 
 def _mask(beta: Tensor | Bernoulli, v_BC: Tensor) -> Tensor:
