@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from fastadvisor import cli, config
 from fastadvisor.cli import flags
 from fastadvisor.errors import UserError
+from fastadvisor.methods import METHODS
 
 
 @pytest.fixture
@@ -423,3 +425,8 @@ def test_a_runs_own_config_is_a_valid_config(calls, tmp_path):
     path.write_text(yaml.safe_dump(config.to_dict(config.resolve(config.Config, "cifar-lt", seed=3))))
     assert cli.main(["train", "--config", str(path)]) == 0
     assert calls == [config.resolve(config.Config, "cifar-lt", seed=3)]
+
+
+def test_the_help_of_method_names_every_method():
+    text = config.list_settings(config.Config)["method"].help
+    assert set(METHODS) <= set(re.findall(r"[\w-]+", text))

@@ -30,13 +30,13 @@ usage: fastadvisor COMMAND [flags]
 Train image classifiers on wrong labels and unequal classes.
 
 commands:
-  train      train one classifier; without flags on the data set that comes along (under a minute on two CPU cores)
+  train      train one classifier; without flags on the built-in digits data set (under a minute on two CPU cores)
   compare    train with several methods and seeds, and print a table
   evaluate   test a finished run again
   export     write the plain classifier as state dict, torch.export program and ONNX
-  replay     find where values that are not finite began, after a run that stopped for them
+  replay     find the first value that was not finite, after a run that stopped because of one
   data check count, open and compare all images of a data set: classes, broken files, duplicates, overlap
-  recipes    list the settings that come along, for --config
+  recipes    list the built-in settings files for --config
   env        print versions, the device, and which optional parts are active
 
 'fastadvisor COMMAND --help' lists a command's flags ('fastadvisor train --help-all' all of them);
