@@ -368,8 +368,8 @@ def test_the_essentials_come_first_and_all_flags_under_titles(capsys):
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ("--dataset cifar10", "--meta-per-class N      Clean images a class held out as the meta-set (unused\n"),
-        ("--dataset cifar10", "where the data set brings its own). (default: 100)"),
+        ("--dataset cifar10", "--meta-per-class N      Clean images of each class held out as the meta-set;\n"),
+        ("--dataset cifar10", "meta-set of its own.\n                          (default: 100)\n"),
         ("--dataset cifar10", "for --dataset cifar10."),
         ("--config clothing1m", "(default: resnet50)"),
         ("--no-progress", "for --dataset digits."),

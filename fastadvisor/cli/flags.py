@@ -34,7 +34,7 @@ VALUES_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 @dataclass
 class Flags:
-    """What stands on the command line."""
+    """The flags on a command line."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """By the name of the setting; the last one wins."""
@@ -70,7 +70,7 @@ def parse_config(kind: type[C], command: str, description: str, args: Sequence[s
 
 
 def may_belong_to_method(name: str, kind: type[config.Config]) -> bool:
-    """Whether the setting ``name``, or what it is a slip of, may be one that a method brings along.
+    """Return whether the setting ``name``, or the setting it is a misspelling of, may belong to a method.
 
     The files of the methods are searched for such a field, since importing them imports torch.
     """

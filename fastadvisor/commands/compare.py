@@ -1,4 +1,4 @@
-"""Several methods and seeds in one go, side by side."""
+"""``fastadvisor compare``: train several methods with several seeds, and print a table."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A run tried out without leaving anything: ``--dry-run``, and the batch size that fits when memory ran out."""
+"""``--dry-run``: a few iterations without writing anything; and a search for the batch size that fits after memory ran out."""
 
 import gc
 import logging
@@ -26,7 +26,7 @@ ITERATIONS = 10
 
 @dataclass
 class DryRun:
-    """What a dry run has found: how long the run would take, and what of memory."""
+    """Results of a dry run: how long the run would take, and how much memory."""
 
     step_ms: float
     """Mean of an iteration."""
@@ -42,7 +42,7 @@ class DryRun:
     """That the whole run would take."""
 
     def sentence(self) -> str:
-        """Say all of it."""
+        """Return the results as a sentence."""
         peak = "" if self.peak_memory_mb is None else f", {self.peak_memory_mb:,.0f} MiB at the peak"
         return (
             f"Dry run: {self.step_ms:.1f} ms an iteration (mean of {ITERATIONS}, median {self.step_ms_median:.1f}), "

@@ -1,4 +1,4 @@
-"""``fastadvisor evaluate``: a finished run tested again."""
+"""``fastadvisor evaluate``: test a finished run again."""
 
 import os
 from contextlib import closing

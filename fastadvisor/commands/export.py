@@ -30,7 +30,7 @@ from fastadvisor.training.predictions import predictions
 from fastadvisor.training.saved_run import SavedRun
 
 FORMATS = {"state-dict": "classifier.pt", "torch-export": "classifier.pt2", "onnx": "classifier.onnx"}
-"""What there is, and the files' names."""
+"""File name of each format."""
 TOLERANCE = 1e-4
 """Largest difference of a logit to the original's, absolute and relative to the largest logit: another runtime adds up in
 another order."""

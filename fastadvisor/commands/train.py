@@ -1,4 +1,4 @@
-"""From a configuration to a run: device, ranks, data, folder, and what is said when something is missing."""
+"""``fastadvisor train``: from a configuration to a run, with its device, ranks, data and folder."""
 
 import contextlib
 import logging
@@ -60,7 +60,7 @@ def train(config: Settings | None = None, /, **settings: Any) -> TrainResult | D
 
 
 def train_config(config: Config, source: Source | None = None) -> TrainResult | DryRun:
-    """Train as ``config`` says; ``source`` spares reading the data set again."""
+    """Train with the settings ``config``; ``source`` is the data set if it has been read already."""
     check_config(config)
     ranks = Ranks.from_environment()
     with only_deterministic(config.deterministic), silence_other_ranks(ranks), console.show_log(config.progress):
@@ -79,10 +79,10 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult | 
 
 
 def check_config(config: Config) -> None:
-    """Find out from the settings alone whether they can work.
+    """Check the settings alone, before any data is read.
 
     Raises:
-        UserError: they cannot.
+        UserError: they contradict each other, or name something that does not exist.
     """
     check_method(config.method)
     check_model(config.model)
@@ -168,7 +168,7 @@ def resume_after_restart(config: Config, ranks: Ranks) -> Config:
 
 @contextlib.contextmanager
 def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
-    """Keep the other ranks' standard output to themselves: they would say the same."""
+    """Discard the standard output of all ranks but the first, since they would all print the same."""
     if ranks.first:
         yield
         return

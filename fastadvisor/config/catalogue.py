@@ -1,4 +1,4 @@
-"""What is to be known of each setting: for its flag, its place in ``--help``, and whether anything reads it."""
+"""Describes each setting: its flag, its place in ``--help``, and the conditions under which it is read."""
 
 import ast
 import functools
@@ -25,7 +25,7 @@ class Setting:
     """The component that declares it."""
     essential: bool
     conditions: tuple[Only, ...]
-    """Under which it is read; all must hold. See also :meth:`methods`."""
+    """Conditions under which the setting is read; all must hold. See also :meth:`methods`."""
 
     @property
     def flag(self) -> str:
@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off and nothing else: its flag takes no value."""
+        """Whether the setting is a plain boolean, whose flag takes no value."""
         return self.alternatives == (bool,)
 
     @property
@@ -44,17 +44,17 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words it may be, where they are listed."""
+        """The allowed words, if the type is a ``Literal``."""
         return tuple(str(word) for one in self.alternatives if get_origin(one) is Literal for word in get_args(one))
 
     @property
     def methods(self) -> tuple[str, ...] | None:
-        """The methods that use it; None: it is none of those that only some methods use."""
+        """The methods that use the setting; None if it does not depend on the method."""
         return methods_that_use(self.name)
 
     @property
     def title(self) -> str:
-        """What it is listed under."""
+        """Title under which the help lists the setting."""
         title = vars(self.owner).get("TITLE")
         return str(title) if title is not None else f"Method {', '.join(self.methods or registered_methods())}"
 

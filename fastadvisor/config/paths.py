@@ -1,4 +1,4 @@
-"""Settings that name files and folders, and how they stay right from any folder."""
+"""Settings that name files and folders, and how to make them valid from any working folder."""
 
 import os
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running anything that is in them."""
+"""Checkpoints: written atomically, and read without executing code from the file."""
 
 import os
 import random
@@ -25,12 +25,16 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def save(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write ``payload`` (with the key ``format`` added) to ``path``; raises and guards as :func:`write`."""
+    """Write ``payload`` (with the key ``format`` added) to ``path``, as :func:`write` does.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     write(path, {**payload, "format": FORMAT})
 
 
 def write(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write ``payload`` as it is, such as a state dict, to ``path``; a crash leaves the file that was there.
+    """Write ``payload``, such as a state dict, to ``path``; after a crash the previous file is still there.
 
     Raises:
         UserError: the file cannot be written, such as on a full disk.
@@ -147,7 +151,7 @@ def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Pa
 
 @contextmanager
 def refuse_misfit(path: Path) -> Iterator[None]:
-    """Turn whatever the content of a checkpoint provokes inside the block into a UserError."""
+    """Turn any exception inside the block, which reads the content of a checkpoint, into a UserError."""
     try:
         yield
     except UserError:
@@ -160,7 +164,7 @@ def refuse_misfit(path: Path) -> Iterator[None]:
 
 
 def check_weights_file(name: str | None) -> None:
-    """Raise a UserError if there is to be a file of weights and there is none."""
+    """Raise a UserError if a file of weights is named and does not exist."""
     if name is not None and not os.path.isfile(name):
         raise UserError(f"There is no file of weights {name}: check --weights.")
 

@@ -1,4 +1,4 @@
-"""When a run is to save, and when to stop: signals, the clock, and all ranks of one mind."""
+"""When a run saves and when it stops: by signals and by the clock, and agreed on by all ranks."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ GRACE = 20.0
 
 
 class Action(IntEnum):
-    """What is to be done after an iteration; of several ranks' wishes the largest counts."""
+    """What to do after an iteration; if the ranks differ, the largest value counts."""
 
     NOTHING = 0
     SAVE = 1
@@ -31,7 +31,7 @@ class Action(IntEnum):
 
 
 class Interruption:
-    """Whether someone has asked the process to stop.
+    """Records whether the process has been asked to stop.
 
     Inside :meth:`watched`, SIGINT, SIGTERM and SIGHUP (the terminal has gone) are noted and nothing else; a second SIGINT ends
     the process at once. One that was ignored from the start stays so, as SIGHUP under nohup.
@@ -90,7 +90,7 @@ class Interruption:
 
 
 class SaveClock:
-    """Says after each iteration what is to be done.
+    """Decides after each iteration whether to save and whether to stop.
 
     Args:
         interruption: of this process.
@@ -105,7 +105,7 @@ class SaveClock:
         self._vote: tuple[torch.Tensor, Any] | None = None
 
     def saved(self) -> None:
-        """Begin to count anew."""
+        """Restart the clock, after a save."""
         self._last = time.monotonic()
 
     def decide(self, iteration: int) -> Action:
@@ -124,7 +124,7 @@ class SaveClock:
         return agreed
 
     def settle(self) -> Action:
-        """Return what the votes under way come to."""
+        """Wait for the vote under way, if any, and return its result."""
         if self._vote is None:
             return Action.NOTHING
         (vote, work), self._vote = self._vote, None

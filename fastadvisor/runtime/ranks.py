@@ -41,7 +41,7 @@ class Ranks:
     local: int = 0
     """Number of this process on its machine, and of its GPU."""
     joined: bool = False
-    """Whether we have joined the others ourselves, and so leave them."""
+    """Whether this object initialised torch.distributed, and so has to shut it down."""
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -79,7 +79,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files and speaks for all."""
+        """Whether this is rank 0, which writes the files and prints for all ranks."""
         return self.rank == 0
 
     def gradients(
@@ -128,7 +128,7 @@ class Ranks:
         return number.bool()
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every rank handed in, in order, on rank 0; an empty list elsewhere."""
+        """Return the values of all ranks, in order, on rank 0; an empty list on the others."""
         if self.count == 1:
             return [value]
         values: list[Any] | None = [None] * self.count if self.first else None
@@ -145,7 +145,7 @@ class Ranks:
 
     @contextmanager
     def let_first_go_ahead(self) -> Iterator[None]:
-        """Let rank 0 through the block before the others."""
+        """Let rank 0 run the block before the others do."""
         if not self.first:
             self.wait()
         yield
@@ -170,7 +170,7 @@ class Ranks:
                 dist.broadcast(tensor.detach(), 0)
 
     def leave(self) -> None:
-        """Leave the others when all are done; not where one has failed, whom they would wait for.
+        """Shut down torch.distributed when all ranks are done. Not to be called after a failure: it waits for all ranks.
 
         A process that ends without it may be aborted by a thread of torch's that nobody has joined.
         """
@@ -185,13 +185,13 @@ LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process 
 
 
 def means_lost_rank(error: BaseException) -> bool:
-    """Whether ``error`` is what a collective raises where another rank has ended."""
+    """Return whether ``error`` is one that a collective raises because another rank has ended."""
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return many and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
 
 
 def claim_message(message: str) -> bool:
-    """Whether this process is the one to print ``message``: of several ranks that fail alike, the first to come."""
+    """Return whether this process is to print ``message``: of several ranks with the same message, only the first one is."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     key = hashlib.sha256(message.encode()).hexdigest()[:16]
@@ -215,7 +215,7 @@ def _agent_store(timeout: timedelta) -> Store | None:
 
 
 def add_gradients(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Return the sum of two gradients, of which either may be missing."""
+    """Return the sum of two gradients, either of which may be None."""
     return more if gradient is None else gradient if more is None else gradient + more
 
 

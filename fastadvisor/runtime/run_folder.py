@@ -44,10 +44,10 @@ MAY_DIFFER = (
 
 
 LENGTH = ("epochs", "iterations")
-"""What may differ where the schedule would have done the same so far."""
+"""Settings that may differ if the schedule has been the same up to now."""
 
 TEMPORARY = re.compile(r"\.config\.yaml\.\d+\.tmp")
-"""All that a process leaves which was killed while it made its folder."""
+"""Name of the only file that is left by a process that was killed while it created its folder."""
 
 
 class RunFolder:
@@ -227,7 +227,7 @@ class RunFolder:
                 raise cannot_write(named, error) from None
 
     def clear_temporary(self) -> None:
-        """Delete what a process that was killed in the middle of a write has left."""
+        """Delete the temporary files of a process that was killed during a write."""
         for path in self.path.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -236,7 +236,7 @@ class RunFolder:
         write_text(self.bad_images, table)
 
     def resume_command(self) -> str:
-        """Return the command that continues the run, for a shell to read from any folder."""
+        """Return the shell command that continues the run, which works from any folder."""
         config, output = (shlex.quote(os.path.abspath(path)) for path in (self.config, self.path))
         return f"fastadvisor train --config {config} --output {output} --resume"
 

@@ -1,4 +1,4 @@
-"""Who computes: Triton for tensors on a GPU, plain torch elsewhere."""
+"""Choice of the backend: Triton for tensors on a GPU, plain torch elsewhere."""
 
 import os
 from collections.abc import Iterator

@@ -18,7 +18,7 @@ class Launch(NamedTuple):
     warps: int = 4
 
     def run(self) -> None:
-        """Launch it on the current stream of the tensors' device; nothing waits for it."""
+        """Launch the kernel on the current stream of the tensors' device, without waiting for it."""
         if 0 not in self.grid:
             device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
             with _current(device):
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 
 def run(launches: list[Launch]) -> None:
-    """Launch them in order."""
+    """Launch all kernels in order."""
     for launch in launches:
         launch.run()
 

@@ -28,7 +28,7 @@ constant, so that the order of summation is the same on every GPU."""
 
 
 class Tile(NamedTuple):
-    """How much a program does."""
+    """The part of a matrix (rows, classes) that one program computes."""
 
     rows: int
     block: int
@@ -82,7 +82,7 @@ def beta_arguments(beta: FlatBeta, v: Tensor | None, accumulator: torch.dtype) -
 
 
 def grad_step(grad: Tensor) -> int:
-    """Return how far apart the rows' gradients lie: 0 where one serves all."""
+    """Return the stride between the gradients of the rows: 0 if all rows share one."""
     return 0 if grad.dim() == 0 else grad.stride(0)
 
 
@@ -92,7 +92,7 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 class LossPlan(NamedTuple):
-    """Launches and what they fill."""
+    """The launches of an operation and the outputs that they write."""
 
     launches: list[Launch]
     loss: Tensor

@@ -141,7 +141,7 @@ def weighted_logits(z_BC: Tensor, v_BC: Tensor | None, y_B: Tensor, beta: Beta) 
 
 
 def split_ignored(y_B: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return which samples count, and int64 targets that are all classes."""
+    """Return which samples count (B,) bool, and the targets (B,) int64, with 0 for those that are ignored."""
     counted_B = y_B != ignore_index
     return counted_B, torch.where(counted_B, y_B, 0).long()
 
@@ -172,7 +172,7 @@ def grad_of_each(grad: Tensor, counted_B: Tensor, reduction: Reduction) -> Tenso
 
 
 def check_options(reduction: str, label_smoothing: float) -> None:
-    """Raise a ValueError unless the keywords are within what they can be."""
+    """Raise a ValueError for an unknown ``reduction`` or a ``label_smoothing`` outside [0, 1]."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be none, mean or sum, got {reduction!r}.")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -187,7 +187,7 @@ def check_inputs(z_BC: Tensor, v_BC: Tensor | None, y_B: Tensor) -> None:
 
 
 def check_beta(beta: Beta, v_BC: Tensor) -> None:
-    """Raise a ValueError unless ``beta`` suits (B, C)."""
+    """Raise a ValueError for a ``beta`` whose shape does not fit v (B, C), or a float outside [0, 1]."""
     if isinstance(beta, Tensor) and beta.shape not in ((1, 1), (len(v_BC), 1), v_BC.shape):
         raise ValueError(f"beta must be (1, 1), (B, 1) or (B, C) for (B, C) = {tuple(v_BC.shape)}, got {tuple(beta.shape)}.")
     is_binary(beta, v_BC.dtype)

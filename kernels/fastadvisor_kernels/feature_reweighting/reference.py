@@ -22,7 +22,7 @@ def reweight_dual(f_BD: Tensor, f_dot_BD: Tensor, u_BD: Tensor) -> tuple[Tensor,
 
 
 def check_shapes(f_BD: Tensor, *others: Tensor) -> None:
-    """Raise a ValueError unless all have one shape."""
+    """Raise a ValueError unless all tensors have the same shape."""
     if any(other.shape != f_BD.shape for other in others):
         raise ValueError(f"Expected f and u of one shape, got {' and '.join(str(tuple(t.shape)) for t in (f_BD, *others))}.")
 

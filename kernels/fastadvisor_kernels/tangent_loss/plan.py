@@ -19,7 +19,7 @@ from fastadvisor_kernels.tangent_loss.triton import combine_tangent_kernel, tang
 
 
 class Inputs(NamedTuple):
-    """What the loss and its direction are given by, each (B, C)."""
+    """Logits and advice with their tangents, each (B, C)."""
 
     z: Tensor
     z_dot: Tensor
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 
 
 class TangentPlan(NamedTuple):
-    """Launches and what they fill."""
+    """The launches of an operation and the outputs that they write."""
 
     launches: list[Launch]
     loss: Tensor
@@ -78,7 +78,7 @@ def plan_tangent(inputs: Inputs, y: Tensor, beta: FlatBeta, options: Options) ->
 
 
 class Kept(NamedTuple):
-    """What the gradients need beside the inputs."""
+    """What the forward pass saves for the gradients, beside the inputs."""
 
     grad: Tensor
     lse: Tensor
