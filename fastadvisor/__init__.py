@@ -61,6 +61,6 @@ def __getattr__(name: str) -> Any:
         import_module("fastadvisor.methods")  # whose settings are among those of every configuration
         from fastadvisor import config
 
-        return config.complete(getattr(config, name))
+        return config.add_method_settings(getattr(config, name))
     module, attribute = _HOMES[name]
     return getattr(import_module(module), attribute)

@@ -1,22 +1,22 @@
-"""The one exception that reaches a user."""
+"""Errors whose message is written for the user."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the thing and the way out.
+    """An error that the user can correct: one sentence that says what is wrong and how to correct it.
 
     The command line prints it without a traceback and exits with status 2; from Python it is an ordinary exception.
     """
 
 
 class OutOfMemoryError(UserError):
-    """The device's memory, or the machine's, is not enough."""
+    """The memory of the device or of the machine has run out."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop, and has saved: says how to continue it.
+    """A run was asked to stop and has saved a checkpoint; the message says how to continue it.
 
     The command line exits with 128 plus ``signal``, as a shell reports a process that a signal ended.
     """
@@ -27,16 +27,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 def cannot_write(path: object, error: OSError) -> UserError:
-    """Return what to raise where a file of a run cannot be written, such as on a full disk."""
+    """Return the error for a file of a run that cannot be written, for example because the disk is full."""
     return UserError(f"{path} cannot be written ({error.strerror}); free some space or choose another --output.")
 
 
 def too_many_open_files() -> UserError:
-    """Return what to raise where the system opens no more files for this process."""
+    """Return the error for a process that has reached its limit of open files."""
     return UserError("Too many files are open at once: raise the limit (ulimit -n 65536), or lower --workers.")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest entry of ``known``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

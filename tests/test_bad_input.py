@@ -446,9 +446,9 @@ def test_a_full_disk(refused, capsys, size, name):
 
 
 def test_our_own_errors_are_not_called_out_of_memory():
-    with pytest.raises(RuntimeError, match="a mistake"), memory.enough(torch.device("cpu")):
+    with pytest.raises(RuntimeError, match="a mistake"), memory.explain_out_of_memory(torch.device("cpu")):
         raise RuntimeError("a mistake")
-    with pytest.raises(UserError, match="Out of memory"), memory.enough(torch.device("cpu")):
+    with pytest.raises(UserError, match="Out of memory"), memory.explain_out_of_memory(torch.device("cpu")):
         raise torch.OutOfMemoryError
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from fastadvisor import cli, config
 from fastadvisor.cli import flags
 from fastadvisor.errors import UserError
+from fastadvisor.methods import METHODS
 
 
 @pytest.fixture
@@ -357,7 +359,7 @@ def test_the_essentials_come_first_and_all_flags_under_titles(capsys):
         "Output",
     ]
     assert "--momentum" not in first
-    for setting in config.settings_of(config.Config).values():
+    for setting in config.list_settings(config.Config).values():
         assert setting.flag in whole or f"--no-{setting.flag[2:]}" in whole
     assert "Method mes, mfrw-mes\n  --beta-probability X" in whole
     assert "Meta-gradient (l2rw, mw-net, mfrw, mes, mfrw-mes)\n" in whole
@@ -366,8 +368,8 @@ def test_the_essentials_come_first_and_all_flags_under_titles(capsys):
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ("--dataset cifar10", "--meta-per-class N      Clean images a class held out as the meta-set (unused\n"),
-        ("--dataset cifar10", "where the data set brings its own). (default: 100)"),
+        ("--dataset cifar10", "--meta-per-class N      Clean images of each class held out as the meta-set;\n"),
+        ("--dataset cifar10", "meta-set of its own.\n                          (default: 100)\n"),
         ("--dataset cifar10", "for --dataset cifar10."),
         ("--config clothing1m", "(default: resnet50)"),
         ("--no-progress", "for --dataset digits."),
@@ -390,8 +392,8 @@ def test_help_and_version_without_torch():
     ("name", "may"), [("beta_draw", True), ("no_beta_draw", True), ("beta_drw", True), ("noise_rat", False), ("zzz", False)]
 )
 def test_what_may_be_a_setting_of_a_method(monkeypatch, name, may):
-    monkeypatch.setattr(flags, "settings_of", lambda kind: [field.name for field in dataclasses.fields(kind)])
-    assert flags.may_be_of_a_method(name, config.Config) == may
+    monkeypatch.setattr(flags, "list_settings", lambda kind: [field.name for field in dataclasses.fields(kind)])
+    assert flags.may_belong_to_method(name, config.Config) == may
 
 
 @pytest.mark.parametrize("line", ["train --noise-rat 3", "train --epochs 0", "train --wandb", "compare --method ce", "train x"])
@@ -423,3 +425,8 @@ def test_a_runs_own_config_is_a_valid_config(calls, tmp_path):
     path.write_text(yaml.safe_dump(config.to_dict(config.resolve(config.Config, "cifar-lt", seed=3))))
     assert cli.main(["train", "--config", str(path)]) == 0
     assert calls == [config.resolve(config.Config, "cifar-lt", seed=3)]
+
+
+def test_the_help_of_method_names_every_method():
+    text = config.list_settings(config.Config)["method"].help
+    assert set(METHODS) <= set(re.findall(r"[\w-]+", text))

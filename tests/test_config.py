@@ -20,22 +20,22 @@ from fastadvisor.config import (
     Config,
     Only,
     Positive,
-    complete,
-    configured,
+    add_method_settings,
+    answer_near_miss,
+    build_config,
+    list_settings,
     methods_that_use,
-    near_miss,
     read_layer,
     register_method,
     registered_methods,
     registry,
     resolve,
-    select,
-    settings_of,
+    select_settings,
     to_dict,
-    validated,
+    validate,
 )
 from fastadvisor.config.near_misses import ANSWERS, OTHER_NAMES
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 from fastadvisor.methods import METHODS
 
 
@@ -148,20 +148,20 @@ def test_no_amp_beats_the_file(layer):
 
 def test_to_dict_survives_yaml():
     got = resolve(CompareConfig, "cifar-flip", flip_map=(1, 0), weight_decay=1e-5)
-    assert validated(CompareConfig, yaml.safe_load(yaml.safe_dump(to_dict(got)))) == got
+    assert validate(CompareConfig, yaml.safe_load(yaml.safe_dump(to_dict(got)))) == got
 
 
 @pytest.mark.parametrize("kind", [Config, CompareConfig, CheckConfig])
 def test_every_setting_has_a_help_text_under_it_and_a_title(kind):
-    settings = settings_of(kind)
-    assert list(settings) == [field.name for field in dataclasses.fields(complete(kind))]
+    settings = list_settings(kind)
+    assert list(settings) == [field.name for field in dataclasses.fields(add_method_settings(kind))]
     for setting in settings.values():
         assert setting.help.endswith((".", ")")), setting.name
         assert setting.title
 
 
 def test_conditions_name_settings_and_values_that_there_are():
-    settings = settings_of(Config)
+    settings = list_settings(Config)
     for setting in settings.values():
         for name, values in ((name, values) for only in setting.conditions for name, values in only.conditions.items()):
             known = settings[name].choices
@@ -175,7 +175,7 @@ def test_help_texts_from_a_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "package.zip", "w") as package:
         for file in (*root.glob("*.py"), *root.glob("config/*.py"), *root.glob("recipes/*")):
             package.write(file, file.relative_to(root.parent))
-    code = "from fastadvisor.config import Config, settings_of; print(settings_of(Config)['epochs'].help)"
+    code = "from fastadvisor.config import Config, list_settings; print(list_settings(Config)['epochs'].help)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path / "package.zip")}, cwd=tmp_path,
         capture_output=True, text=True, check=True,
@@ -212,12 +212,12 @@ def test_a_method_brings_its_own_settings(focus, layer):
     got = resolve(Config, layer("focus: 3\n"), method="focus", balance="effective")
     assert isinstance(got, Config)
     assert (to_dict(got)["focus"], got.balance) == (3.0, "effective")
-    assert select(Settings, got) == Settings(3.0, "effective")
+    assert select_settings(Settings, got) == Settings(3.0, "effective")
     assert dataclasses.replace(got, focus=1.0).focus == 1.0
     assert resolve(CompareConfig).focus == 2.0
     with pytest.raises(UserError, match=r"focus = -1: input should be greater than 0"):
         resolve(Config, focus=-1)
-    settings = settings_of(Config)
+    settings = list_settings(Config)
     assert settings["focus"].methods == ("focus",)
     assert settings["focus"].essential
     assert (settings["focus"].title, settings["focus"].help) == ("Method focus", "How much the easy samples are played down.")
@@ -241,8 +241,8 @@ def test_methods_that_share_a_setting_must_agree(focus):
 
 
 def test_nearest():
-    assert nearest("epoch", ["epochs", "lr"]) == " Did you mean 'epochs'?"
-    assert nearest("zzzz", ["epochs", "lr"]) == ""
+    assert suggest("epoch", ["epochs", "lr"]) == " Did you mean 'epochs'?"
+    assert suggest("zzzz", ["epochs", "lr"]) == ""
 
 
 def test_turning_noise_off_undoes_the_recipes_rate():
@@ -265,11 +265,11 @@ def test_a_length_in_epochs_undoes_the_iterations_of_the_layers_below(layer):
     run = layer("iterations: 9\nepochs: 2\n")  # as a run writes them
     assert resolve(Config, run).iterations == 9
     assert (resolve(Config, run, epochs=4).epochs, resolve(Config, run, epochs=4).iterations) == (4, None)
-    assert configured(Config, resolve(Config, run), {"epochs": 4}).iterations is None
+    assert build_config(Config, resolve(Config, run), {"epochs": 4}).iterations is None
 
 
 def test_other_programs_names_are_none_of_ours_and_lead_to_one():
-    known = settings_of(CompareConfig)
+    known = list_settings(CompareConfig)
     others = [name for names in (*OTHER_NAMES.values(), *ANSWERS) for name in names.split()]
     assert not set(others) & set(known)
     assert len(set(others)) == len(others)
@@ -287,7 +287,7 @@ def test_other_programs_names_are_none_of_ours_and_lead_to_one():
     ],
 )
 def test_near_misses(layer, name, says):
-    answer = near_miss(name, settings_of(Config))
+    answer = answer_near_miss(name, list_settings(Config))
     assert answer is None if says is None else answer.startswith(says)
     if says is not None:
         for source, keywords in ((layer(f"{name}: 1\n"), {}), (None, {name: 1})):
@@ -305,7 +305,7 @@ def test_a_message_names_the_layer_that_a_value_is_from(layer):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_registered(name):
     assert name in registered_methods()
-    for setting in map(settings_of(Config).get, (field.name for field in dataclasses.fields(METHODS[name].Settings))):
+    for setting in map(list_settings(Config).get, (field.name for field in dataclasses.fields(METHODS[name].Settings))):
         assert name in setting.methods
         assert setting.help.endswith((".", ")")), setting.name
 

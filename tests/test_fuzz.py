@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from fastadvisor import cli
 from fastadvisor.commands import dry_run
 from fastadvisor.commands import train as train_command
-from fastadvisor.config import Config, complete
+from fastadvisor.config import Config, add_method_settings
 from fastadvisor.training import trainer
 
-FIELDS = {field.name: field for field in dataclasses.fields(complete(Config))}
-HINTS = typing.get_type_hints(complete(Config))
+FIELDS = {field.name: field for field in dataclasses.fields(add_method_settings(Config))}
+HINTS = typing.get_type_hints(add_method_settings(Config))
 TIMES = int(os.environ.get("FASTADVISOR_FUZZ", "1"))
 """Examples, in units of what the suite tries; from 2 on other ones each time."""
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "derandomize": TIMES == 1}

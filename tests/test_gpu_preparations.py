@@ -17,7 +17,7 @@ from benchmarks.kernels import __main__ as kernels
 from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
-from fastadvisor.runtime.precision import memory_format, tuned_convolutions
+from fastadvisor.runtime.precision import memory_format, tune_convolutions
 from fastadvisor.training.trainer import Trainer
 from tests.checkpoints import loss_scale
 
@@ -177,6 +177,6 @@ def test_a_run_in_channels_last_resumes_and_exports(tmp_path):
 def test_cudnn_looks_for_its_fastest_convolutions_on_a_gpu_alone():
     before = torch.backends.cudnn.benchmark
     for device, deterministic, wanted in ((CUDA, False, True), (CUDA, True, False), (CPU, False, False)):
-        with tuned_convolutions(device, deterministic=deterministic):
+        with tune_convolutions(device, deterministic=deterministic):
             assert torch.backends.cudnn.benchmark is wanted
         assert torch.backends.cudnn.benchmark is before

@@ -17,7 +17,7 @@ from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.iterations import Iteration
 from fastadvisor.runtime import checkpoint
-from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
+from fastadvisor.runtime.interruption import Action, Interruption, SaveClock
 from fastadvisor.runtime.ranks import ALONE
 from fastadvisor.training.trainer import Trainer
 from tests.faults import flips, kills
@@ -43,7 +43,7 @@ def after(monkeypatch, iteration, what):
 
 @pytest.mark.parametrize("iteration", [1, 6, 8, 12])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_ends_the_iteration_saves_and_says_how_to_go_on(tmp_path, monkeypatch, iteration, number):
+def test_a_signal_ends_the_iteration_saves_and_says_resume_command(tmp_path, monkeypatch, iteration, number):
     changes = {"method": "mfrw-mes", "ema_decay": 0.9}
     whole = train_config(settings(tmp_path / "whole", **changes))
     before = signal.getsignal(number)
@@ -147,21 +147,21 @@ def test_the_clock(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     interruption = Interruption()
     clock = SaveClock(interruption, 10.0, 0, ALONE)
-    assert clock.wish(1) is Wish.NOTHING
+    assert clock.decide(1) is Action.NOTHING
     now[0] += 599
-    assert clock.wish(2) is Wish.NOTHING
+    assert clock.decide(2) is Action.NOTHING
     now[0] += 2
-    assert clock.wish(3) is Wish.SAVE
+    assert clock.decide(3) is Action.SAVE
     clock.saved()
-    assert clock.wish(4) is Wish.NOTHING
-    assert [SaveClock(interruption, 0.0, 3, ALONE).wish(iteration) for iteration in range(1, 7)] == [0, 0, 1, 0, 0, 1]
+    assert clock.decide(4) is Action.NOTHING
+    assert [SaveClock(interruption, 0.0, 3, ALONE).decide(iteration) for iteration in range(1, 7)] == [0, 0, 1, 0, 0, 1]
     interruption.signal = signal.SIGTERM
-    assert clock.wish(5) is Wish.STOP
+    assert clock.decide(5) is Action.STOP
 
 
 def test_keep_leaves_the_newest_checkpoints(tmp_path):
     train_config(settings(tmp_path / "run", save_every=2, keep=3))
-    kept = checkpoint.kept(tmp_path / "run")
+    kept = checkpoint.list_kept(tmp_path / "run")
     assert [path.name for path in kept] == [f"iteration-{number:09d}.pt" for number in (12, 10, 8)]
     assert kept[0].samefile(tmp_path / "run" / "last.pt")
     assert [checkpoint.load(path)["iteration"] for path in kept] == [12, 10, 8]

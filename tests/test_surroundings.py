@@ -266,7 +266,7 @@ def test_what_an_output_cannot_hold(text, encoding, held):
 
     stream = Stream()
     stream.encoding = encoding
-    assert console.printable(text, stream) == held
+    assert console.make_printable(text, stream) == held
 
 
 def test_names_in_no_encoding(place):
@@ -335,7 +335,7 @@ def test_too_little_shared_memory_is_found_before_the_first_worker(place, monkey
 
 
 def first_batch(root):
-    with memory.enough(CPU):
+    with memory.explain_out_of_memory(CPU):
         made = loaders(root)
         try:
             return made.train.next_batch()

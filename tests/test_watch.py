@@ -265,10 +265,10 @@ def test_the_search_for_a_batch_size_respects_micro_batches(tmp_path, monkeypatc
 
     monkeypatch.setattr(dry_run, "Trainer", fails)
     config = settings(tmp_path / "run", batch_size=60, meta_batch_size=18, accumulate=3)
-    assert dry_run.batch_size_that_fits(config, None, CPU) is None
+    assert dry_run.find_fitting_batch_size(config, None, CPU) is None
     assert tried == [(30, 18), (15, 15), (6, 6), (3, 3)]
     tried.clear()
-    assert dry_run.batch_size_that_fits(replace(config, accumulate=1), None, CPU, ranks=3) is None
+    assert dry_run.find_fitting_batch_size(replace(config, accumulate=1), None, CPU, ranks=3) is None
     assert tried == [(10, 6), (5, 5), (2, 2)]  # of one rank
 
 

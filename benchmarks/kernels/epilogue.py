@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from benchmarks.kernels import timing
 from fastadvisor_kernels import reweight_features
-from fastadvisor_kernels.launch import Launch, blocks
+from fastadvisor_kernels.launch import Launch, ceil_div
 
 BLOCK_B, BLOCK_D, BLOCK_K = 32, 64, 32
 
@@ -50,7 +50,7 @@ def plan_masked_linear(e: Tensor, weight: Tensor, bias: Tensor, f: Tensor) -> tu
     (rows, width), features = e.shape, len(weight)
     arguments = {"e_ptr": e, "w_ptr": weight, "b_ptr": bias, "f_ptr": f, "u_ptr": u, "h_ptr": h, "rows": rows}
     sizes = {"K": width, "D": features, "BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D, "BLOCK_K": BLOCK_K}
-    return Launch(masked_linear_kernel, (blocks(rows, BLOCK_B), blocks(features, BLOCK_D)), arguments | sizes), u, h
+    return Launch(masked_linear_kernel, (ceil_div(rows, BLOCK_B), ceil_div(features, BLOCK_D)), arguments | sizes), u, h
 
 
 def make(batch: int, features: int, device: torch.device, width: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from benchmarks.kernels import timing
 from benchmarks.kernels.contenders import make_loss, make_tangent
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
 from fastadvisor_kernels.equalization_softmax.plan import plan_gradients, plan_loss
-from fastadvisor_kernels.launch import Launch, blocks
+from fastadvisor_kernels.launch import Launch, ceil_div
 from fastadvisor_kernels.tangent_loss.plan import Inputs, plan_tangent
 
 CLASSES = (10, 100, 365, 1000, 2048, 4096, 32_768)
@@ -27,7 +27,7 @@ def neighbours(launch: Launch, rows: int) -> Iterator[Launch]:
         for warps in (1, 2, 4, 8):
             elements = height * launch.arguments["BLOCK"] / (32 * warps)
             if (height, warps) != (own, launch.warps) and 2 <= elements <= MOST_ELEMENTS:
-                grid = (blocks(rows, height), *launch.grid[1:])
+                grid = (ceil_div(rows, height), *launch.grid[1:])
                 yield launch._replace(grid=grid, arguments=launch.arguments | {"ROWS": height}, warps=warps)
 
 

@@ -10,7 +10,7 @@ from fastadvisor.config import GIVEN, CompareConfig, Config, Setting, registered
 from fastadvisor.errors import UserError
 
 
-def check_belonging(settings: Mapping[str, Setting], given: Mapping[str, Any], config: Config) -> None:
+def refuse_unread_flags(settings: Mapping[str, Setting], given: Mapping[str, Any], config: Config) -> None:
     """Refuse flags that the methods and the other settings of the run leave without effect.
 
     Args:

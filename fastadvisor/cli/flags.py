@@ -14,10 +14,10 @@ from importlib.resources import files
 from typing import Any, Literal, NoReturn, TypeVar
 
 from fastadvisor import config
-from fastadvisor.cli.belonging import check_belonging
-from fastadvisor.cli.help import page
-from fastadvisor.config import Setting, UnknownSetting, near_miss, settings_of
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.cli.belonging import refuse_unread_flags
+from fastadvisor.cli.help import format_help
+from fastadvisor.config import Setting, UnknownSetting, answer_near_miss, list_settings
+from fastadvisor.errors import UserError, suggest
 
 C = TypeVar("C", bound=config.Config)
 
@@ -34,7 +34,7 @@ VALUES_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 @dataclass
 class Flags:
-    """What stands on the command line."""
+    """The flags on a command line."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """By the name of the setting; the last one wins."""
@@ -61,21 +61,21 @@ def parse_config(kind: type[C], command: str, description: str, args: Sequence[s
         try:
             _parse(kind, command, description, args)  # mistakes, and the first page of help, need not wait for torch
         except UnknownSetting as error:
-            if not may_be_of_a_method(error.name, kind):
+            if not may_belong_to_method(error.name, kind):
                 raise
     load_methods()
     resolved, flags = _parse(kind, command, description, args)
-    check_belonging(settings_of(kind), flags.values, resolved)
+    refuse_unread_flags(list_settings(kind), flags.values, resolved)
     return resolved
 
 
-def may_be_of_a_method(name: str, kind: type[config.Config]) -> bool:
-    """Whether the setting ``name``, or what it is a slip of, may be one that a method brings along.
+def may_belong_to_method(name: str, kind: type[config.Config]) -> bool:
+    """Return whether the setting ``name``, or the setting it is a misspelling of, may belong to a method.
 
     The files of the methods are searched for such a field, since importing them imports torch.
     """
     texts = [file.read_text("utf-8") for file in (files("fastadvisor") / "methods").iterdir() if file.name.endswith(".py")]
-    known = set(settings_of(kind))
+    known = set(list_settings(kind))
     fields = {field for text in texts for field in re.findall(r"^ +(\w+): ", text, re.MULTILINE)} - known
     return bool({name, name.removeprefix("no_"), *difflib.get_close_matches(name, [*fields, *known], n=1)} & fields)
 
@@ -86,21 +86,21 @@ def load_methods() -> None:
 
 
 def _parse(kind: type[C], command: str, description: str, args: Sequence[str]) -> tuple[C, Flags]:
-    settings = flags_of(kind)
+    settings = list_flags(kind)
     flags = read_flags(settings, args, command)
     if flags.help is not None:
         known = {name: value for name, value in flags.values.items() if name in DECIDE_DEFAULTS}
         defaults = config.resolve(kind, flags.config, **known)
-        print(page(command, description, list(settings.values()), vars(defaults), essentials=flags.help == "essentials"))
+        print(format_help(command, description, list(settings.values()), vars(defaults), essentials=flags.help == "essentials"))
         raise SystemExit(0)
     if {"epochs", "iterations"} <= flags.values.keys() and flags.values["iterations"] is not None:
         raise UserError("--epochs and --iterations both say how long the run is: drop one of the two.")
     return config.resolve(kind, flags.config, **flags.values), flags
 
 
-def flags_of(kind: type[config.Config]) -> dict[str, Setting]:
+def list_flags(kind: type[config.Config]) -> dict[str, Setting]:
     """Return the settings that are flags of the command with the configuration ``kind``."""
-    return {name: setting for name, setting in settings_of(kind).items() if kind.has_flag(name)}
+    return {name: setting for name, setting in list_settings(kind).items() if kind.has_flag(name)}
 
 
 def read_flags(settings: Mapping[str, Setting], args: Sequence[str], command: str) -> Flags:
@@ -161,7 +161,7 @@ def _takes_no_value(flag: str, setting: Setting) -> UserError:
 
 def refuse_word(word: str, command: str) -> NoReturn:
     """Raise a UserError about ``word``, which is no flag and no value of one."""
-    if word.startswith("-") and (answer := near_miss(word.partition("=")[0], settings_of(config.Config))) is not None:
+    if word.startswith("-") and (answer := answer_near_miss(word.partition("=")[0], list_settings(config.Config))) is not None:
         raise UserError(f"Unknown flag {word.partition('=')[0]}: {answer}")
     raise UserError(f"Unexpected argument {word!r}; see 'fastadvisor {command} --help'.")
 
@@ -176,13 +176,13 @@ def refuse_flag(flag: str, known: Collection[str], command: str) -> NoReturn:
     """
     name = flag.removeprefix("--").replace("-", "_")
     for other, kind in COMMANDS.items():
-        theirs = flags_of(kind)
+        theirs = list_flags(kind)
         off = name.removeprefix("no_")
         if other != command and (name in theirs or (off in theirs and off not in known and theirs[off].is_switch)):
             twin = [one for one in known if one.rstrip("s") == name.rstrip("s")]
             near = f" Did you mean '--{twin[0]}'?" if twin else ""
             raise UserError(f"{flag} is a flag of 'fastadvisor {other}', and 'fastadvisor {command}' does not have it.{near}")
-    if command in COMMANDS and (answer := near_miss(name, known)) is not None:
+    if command in COMMANDS and (answer := answer_near_miss(name, known)) is not None:
         raise UserError(f"Unknown flag {flag}: {answer}")
     flags = [f"--{one.replace('_', '-')}" for one in known]
-    raise UnknownSetting(f"Unknown flag {flag}.{nearest(flag.replace('_', '-'), flags)}", name)
+    raise UnknownSetting(f"Unknown flag {flag}.{suggest(flag.replace('_', '-'), flags)}", name)

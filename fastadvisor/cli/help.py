@@ -17,7 +17,9 @@ HARD = "\u00a0"
 """A space at which no line ends."""
 
 
-def page(command: str, description: str, settings: Sequence[Setting], defaults: Mapping[str, Any], *, essentials: bool) -> str:
+def format_help(
+    command: str, description: str, settings: Sequence[Setting], defaults: Mapping[str, Any], *, essentials: bool
+) -> str:
     """Return a command's help: its flags under titles, with their defaults.
 
     Args:
@@ -31,16 +33,16 @@ def page(command: str, description: str, settings: Sequence[Setting], defaults: 
     shown = [setting for setting in settings if setting.essential or not essentials]
     about = [description]
     if essentials:
-        about.append(f"These flags are what one begins with; 'fastadvisor {command} --help-all' lists all {len(settings)}.")
+        about.append(f"The essential flags; 'fastadvisor {command} --help-all' lists all {len(settings)}.")
     about.append(
-        f"The defaults are those for --dataset{HARD}{defaults['dataset']}. Every switch has two flags, as --amp and --no-amp."
+        f"Defaults are for --dataset{HARD}{defaults['dataset']}. Every switch has two forms, such as --amp and --no-amp."
     )
     blocks = [f"usage: fastadvisor {command} [--config RECIPE|FILE] [flags]", _wrapped(" ".join(about), width)]
     for title in dict.fromkeys(map(_title, shown)):
         entries = [_entry(setting, defaults[setting.name], width) for setting in shown if _title(setting) == title]
         blocks.append("\n".join([*textwrap.wrap(title, width), *entries]))
     listed = ", ".join(recipes.names())
-    text = f"Settings of a recipe or of a YAML file, over which flags win. Recipes (see 'fastadvisor recipes'): {listed}."
+    text = f"Take settings from a recipe or a YAML file; flags override them. Recipes (see 'fastadvisor recipes'): {listed}."
     blocks.append("\n".join(["Settings from a file", _columns("--config RECIPE|FILE", text, width)]))
     return "\n\n".join(blocks)
 
@@ -55,8 +57,10 @@ def _entry(setting: Setting, default: Any, width: int) -> str:
     choices = [one for one in setting.choices if one != "auto" or not _is_optional_switch(setting)]
     unnamed = [one for one in choices if f"{one}:" not in setting.help]
     one_of = f" One of {', '.join(choices)}." if choices and unnamed and not _is_optional_switch(setting) else ""
-    if setting.name == "method" and registered_methods():
-        one_of = f" One of {', '.join(registered_methods())}."
+    named = setting.help.replace(",", " ").replace(".", " ").split()
+    others = [name for name in registered_methods() if name not in named] if setting.name == "method" else []
+    if others:  # registered by other packages
+        one_of = f" Others: {', '.join(others)}."
     text = f"{setting.help}{one_of} (default:{HARD}{_shown(default)})"
     return _columns(_written(setting, default), text, width)
 

@@ -35,10 +35,10 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def speaking_of(parser: Parser, run: str) -> Iterator[None]:
+def name_settings_of_run(parser: Parser, run: str) -> Iterator[None]:
     """Let messages of the block name no flag that the command lacks: a setting of a run is a line of its config.yaml."""
     own = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    known = {setting.flag for setting in config.settings_of(config.Config).values()}
+    known = {setting.flag for setting in config.list_settings(config.Config).values()}
     file = os.path.join(run, "config.yaml")
 
     def named(match: re.Match[str]) -> str:

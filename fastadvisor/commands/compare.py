@@ -1,4 +1,4 @@
-"""Several methods and seeds in one go, side by side."""
+"""``fastadvisor compare``: train several methods with several seeds, and print a table."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 from fastadvisor.commands import grid
 from fastadvisor.commands.train import check_config
-from fastadvisor.config import CompareConfig, Config, configured, to_dict
+from fastadvisor.config import CompareConfig, Config, build_config, to_dict
 from fastadvisor.datasets import load_source
 from fastadvisor.errors import UserError
 from fastadvisor.loading import cache_images
@@ -40,7 +40,7 @@ def compare(config: str | os.PathLike[str] | Config | None = None, /, **settings
     Returns:
         The content of ``compare.json``.
     """
-    return compare_config(configured(CompareConfig, config, settings))
+    return compare_config(build_config(CompareConfig, config, settings))
 
 
 def compare_config(config: CompareConfig) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def compare_config(config: CompareConfig) -> dict[str, Any]:
     for name in methods:
         check_method(name)
         check_config(replace(config, method=name))
-    with console.shown(config.progress):
+    with console.show_log(config.progress):
         return _compare(config, list(dict.fromkeys(methods)))
 
 
@@ -74,14 +74,14 @@ def _compare(config: CompareConfig, methods: list[str]) -> dict[str, Any]:
     rows = []
     for method in methods:
         summaries = [
-            grid.summary_of(config, method, seed, folder, source, resumes=resumes, check=_columns)
+            grid.load_or_train(config, method, seed, folder, source, resumes=resumes, check=_columns)
             for seed in range(config.seed, config.seed + config.seeds)
         ]
         rows.append({"method": method, **_statistics(summaries), "runs": summaries})
         # After every method, so that a comparison that is cut off leaves what it has.
         result = {"config": to_dict(config), "rows": rows, "versions": environment()}
         write_text(folder / "compare.json", json.dumps(result, indent=2) + "\n")
-    logger.info(f"{table(rows)}\n\nRuns and compare.json are in {folder}.")
+    logger.info(f"{format_comparison(rows)}\n\nRuns and compare.json are in {folder}.")
     return result
 
 
@@ -98,7 +98,7 @@ def _statistics(summaries: list[dict[str, Any]]) -> dict[str, dict[str, float | 
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def format_comparison(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table: mean ± deviation over the seeds, accuracies in percent."""
 
     def cell(value: dict[str, float | None], digits: int) -> str:

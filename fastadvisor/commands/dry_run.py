@@ -1,4 +1,4 @@
-"""A run tried out without leaving anything: ``--dry-run``, and the batch size that fits when memory ran out."""
+"""``--dry-run``: a few iterations without writing anything; and a search for the batch size that fits after memory ran out."""
 
 import gc
 import logging
@@ -26,7 +26,7 @@ ITERATIONS = 10
 
 @dataclass
 class DryRun:
-    """What a dry run has found: how long the run would take, and what of memory."""
+    """Results of a dry run: how long the run would take, and how much memory."""
 
     step_ms: float
     """Mean of an iteration."""
@@ -42,7 +42,7 @@ class DryRun:
     """That the whole run would take."""
 
     def sentence(self) -> str:
-        """Say all of it."""
+        """Return the results as a sentence."""
         peak = "" if self.peak_memory_mb is None else f", {self.peak_memory_mb:,.0f} MiB at the peak"
         return (
             f"Dry run: {self.step_ms:.1f} ms an iteration (mean of {ITERATIONS}, median {self.step_ms_median:.1f}), "
@@ -63,7 +63,7 @@ def rehearse(trainer: Trainer) -> DryRun:
     logger.info(f"Images of {trainer.loaders.size} pixels by the {trainer.loaders.name} loader ({trainer.loaders.why}).")
     memory.reset_peak(trainer.device)
     warm = trainer.step.interval * (1 if trainer.take is None else WARM_UP + 1)
-    times = iterate(trainer, ITERATIONS + warm)[warm:]
+    times = time_iterations(trainer, ITERATIONS + warm)[warm:]
     began = time.perf_counter()
     trainer.test(trainer.loaders.test)
     testing = time.perf_counter() - began
@@ -82,7 +82,7 @@ def rehearse(trainer: Trainer) -> DryRun:
     return found
 
 
-def iterate(trainer: Trainer, count: int) -> list[float]:
+def time_iterations(trainer: Trainer, count: int) -> list[float]:
     """Take ``count`` training steps and return the seconds of each, waiting for the device.
 
     Raises:
@@ -108,7 +108,7 @@ def iterate(trainer: Trainer, count: int) -> list[float]:
     return times
 
 
-def batch_size_that_fits(config: Config, data: TrainingData, device: torch.device, ranks: int = 1) -> int | None:
+def find_fitting_batch_size(config: Config, data: TrainingData, device: torch.device, ranks: int = 1) -> int | None:
     """Halve --batch-size until an iteration with a meta step goes through; None if none does, or the trouble is another.
 
     Of several ranks the one whose memory ran out tries its own part alone: the others wait for it in vain.
@@ -119,8 +119,8 @@ def batch_size_that_fits(config: Config, data: TrainingData, device: torch.devic
         meta = None if config.meta_batch_size is None else min(config.meta_batch_size // ranks, batch)
         smaller = replace(config, batch_size=batch, meta_batch_size=meta)
         try:
-            with memory.enough(device), closing(Trainer(smaller, data, device)) as trainer:
-                iterate(trainer, trainer.step.interval)
+            with memory.explain_out_of_memory(device), closing(Trainer(smaller, data, device)) as trainer:
+                time_iterations(trainer, trainer.step.interval)
             return batch * ranks
         except OutOfMemoryError as error:
             error.__context__ = None  # whose frames hold the tensors

@@ -1,4 +1,4 @@
-"""``fastadvisor evaluate``: a finished run tested again."""
+"""``fastadvisor evaluate``: test a finished run again."""
 
 import os
 from contextlib import closing
@@ -36,7 +36,7 @@ def evaluate_run(
     config, chosen, data = saved.config, pick_device(device), saved.data()
     test, size = build_test_loader(config, data, chosen)
     model = saved.tested_model(checkpoint, size)
-    with memory.enough(chosen), closing(test):
+    with memory.explain_out_of_memory(chosen), closing(test):
         result = accuracy(
             model.to(chosen),
             test,

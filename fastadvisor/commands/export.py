@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastadvisor.config import Config
 from fastadvisor.datasets import TrainingData
-from fastadvisor.errors import UserError, cannot_write, nearest
+from fastadvisor.errors import UserError, cannot_write, suggest
 from fastadvisor.loading import Batch, build_test_loader
 from fastadvisor.models import build_model
 from fastadvisor.runtime import checkpoint as checkpoints
@@ -30,7 +30,7 @@ from fastadvisor.training.predictions import predictions
 from fastadvisor.training.saved_run import SavedRun
 
 FORMATS = {"state-dict": "classifier.pt", "torch-export": "classifier.pt2", "onnx": "classifier.onnx"}
-"""What there is, and the files' names."""
+"""File name of each format."""
 TOLERANCE = 1e-4
 """Largest difference of a logit to the original's, absolute and relative to the largest logit: another runtime adds up in
 another order."""
@@ -101,7 +101,7 @@ def check_formats(formats: Sequence[str]) -> None:
         raise UserError(f"--formats names none; give some of {', '.join(FORMATS)}.")
     for name in formats:
         if name not in FORMATS:
-            raise UserError(f"Unknown format {name!r}.{nearest(name, FORMATS)} Formats: {', '.join(FORMATS)}.")
+            raise UserError(f"Unknown format {name!r}.{suggest(name, FORMATS)} Formats: {', '.join(FORMATS)}.")
     missing = [package for package in ONNX_PACKAGES if find_spec(package) is None]
     if "onnx" in formats and missing:
         raise UserError(
@@ -115,7 +115,7 @@ def _images(config: Config, data: TrainingData, count: int) -> tuple[Batch, int]
     config.eval_batch_size = count
     device = torch.device("cpu")
     test, size = build_test_loader(config, data, device)
-    with memory.enough(device), closing(test):
+    with memory.explain_out_of_memory(device), closing(test):
         batch = next(iter(test), None)
     if batch is None:
         raise UserError("None of the test images can be read: replace them, or name other data with --data-root.")

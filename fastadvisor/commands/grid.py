@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadvisor.commands.train import train_config
-from fastadvisor.config import CompareConfig, Config, complete, select
+from fastadvisor.config import CompareConfig, Config, add_method_settings, select_settings
 from fastadvisor.datasets import Source
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.runtime.run_folder import RunFolder
@@ -42,7 +42,7 @@ def open_folder(config: CompareConfig) -> tuple[Path, bool]:
     return folder, resumes
 
 
-def summary_of(
+def load_or_train(
     config: CompareConfig,
     method: str,
     seed: int,
@@ -83,7 +83,9 @@ def summary_of(
 
 
 def _run_settings(config: CompareConfig, method: str, seed: int, run: Path, resume: bool) -> Config:
-    return replace(select(complete(Config), config), method=method, seed=seed, output=str(run), resume=resume)
+    return replace(
+        select_settings(add_method_settings(Config), config), method=method, seed=seed, output=str(run), resume=resume
+    )
 
 
 def _read_summary(run: Path, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:

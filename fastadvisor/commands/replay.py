@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.config import Config, validated
+from fastadvisor.config import Config, validate
 from fastadvisor.errors import UserError
 from fastadvisor.iterations import Iteration
 from fastadvisor.loading import Batch
@@ -42,7 +42,7 @@ def replay(run: str | os.PathLike[str], *, device: str = "auto") -> dict[str, An
         raise UserError(f"There is no {path}: a run writes one when it meets values that are not finite and is to stop then.")
     state = checkpoint.load(path)
     found: dict[str, Any] = {}
-    with checkpoint.fitting(path):
+    with checkpoint.refuse_misfit(path):
         for rank, batches in enumerate(state["batches"]):
             train, meta = (None if part is None else Batch(*part) for part in batches)
             assert train is not None
@@ -56,11 +56,11 @@ def replay(run: str | os.PathLike[str], *, device: str = "auto") -> dict[str, An
 
 
 def _rebuilt(state: dict[str, Any], train: Batch, device: torch.device, path: Path) -> Iteration:
-    config = validated(Config, {**state["config"], "pretrained": False, "weights": None, "nan_policy": "stop"})
+    config = validate(Config, {**state["config"], "pretrained": False, "weights": None, "nan_policy": "stop"})
     shape = (int(train.images.shape[2]), int(train.images.shape[3]))
     execution = Execution(device, amp_dtype(config.amp_dtype, device) if config.amp else None)
     model = build_model(config, len(state[checkpoint.CLASSES]), shape)
-    method = build_method(config, model.head.in_features, DataFacts.of_plain(state["facts"])).to(device)
+    method = build_method(config, model.head.in_features, DataFacts.from_plain(state["facts"])).to(device)
     model.to(device).to(memory_format=memory_format(config.memory_format, device, amp=config.amp))
     step = build_step(config, model, method, execution, shape)
     parts = {checkpoint.MODEL: Module(model.model), "method": Module(method), **step.parts(), "execution": execution}
@@ -73,7 +73,7 @@ def _take(step: Iteration, state: dict[str, Any], train: Batch, meta: Batch | No
     device = step.execution.device
     train = Batch(*(tensor.to(device) for tensor in train))
     meta = None if meta is None else Batch(*(tensor.to(device) for tensor in meta))
-    before = RandomState.of_plain(state["random_before"], device)
+    before = RandomState.from_plain(state["random_before"], device)
     peaks: list[tuple[str, float]] = []
     modules: dict[str, nn.Module] = {"classifier": step.model.model}
     if step.method.advisor is not None:

@@ -1,4 +1,4 @@
-"""From a configuration to a run: device, ranks, data, folder, and what is said when something is missing."""
+"""``fastadvisor train``: from a configuration to a run, with its device, ranks, data and folder."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ import torch
 
 from fastadvisor.commands import dry_run
 from fastadvisor.commands.dry_run import DryRun
-from fastadvisor.config import Config, configured, select
+from fastadvisor.config import Config, build_config, select_settings
 from fastadvisor.datasets import Source, TrainingData, load_source, prepare
 from fastadvisor.datasets.fingerprint import fingerprint
 from fastadvisor.errors import Interrupted, OutOfMemoryError, UserError
@@ -22,7 +22,7 @@ from fastadvisor.metagrad import check_meta
 from fastadvisor.methods import METHODS, check_method
 from fastadvisor.models import check_model
 from fastadvisor.runtime import allocator, checkpoint, console, memory
-from fastadvisor.runtime.precision import check_kernels, pick_device, tuned_convolutions
+from fastadvisor.runtime.precision import check_kernels, pick_device, tune_convolutions
 from fastadvisor.runtime.provenance import provenance
 from fastadvisor.runtime.ranks import Ranks
 from fastadvisor.runtime.run_folder import RunFolder
@@ -56,21 +56,21 @@ def train(config: Settings | None = None, /, **settings: Any) -> TrainResult | D
     Raises:
         UserError: anything the caller can put right, before any work is lost.
     """
-    return train_config(configured(Config, config, settings))
+    return train_config(build_config(Config, config, settings))
 
 
 def train_config(config: Config, source: Source | None = None) -> TrainResult | DryRun:
-    """Train as ``config`` says; ``source`` spares reading the data set again."""
+    """Train with the settings ``config``; ``source`` is the data set if it has been read already."""
     check_config(config)
     ranks = Ranks.from_environment()
-    with deterministic(config.deterministic), only_first_prints(ranks), console.shown(config.progress):
+    with only_deterministic(config.deterministic), silence_other_ranks(ranks), console.show_log(config.progress):
         device = pick_device(config.device)
         check_kernels(device)
         if config.keep_memory and device.type == "cpu":
             allocator.keep_freed_memory()
         try:
-            with tuned_convolutions(device, deterministic=config.deterministic):
-                result = _train(restarted(config, ranks), source, device, ranks)
+            with tune_convolutions(device, deterministic=config.deterministic):
+                result = _train(resume_after_restart(config, ranks), source, device, ranks)
         except Interrupted:  # all of them
             ranks.leave()
             raise
@@ -79,16 +79,16 @@ def train_config(config: Config, source: Source | None = None) -> TrainResult | 
 
 
 def check_config(config: Config) -> None:
-    """Find out from the settings alone whether they can work.
+    """Check the settings alone, before any data is read.
 
     Raises:
-        UserError: they cannot.
+        UserError: they contradict each other, or name something that does not exist.
     """
     check_method(config.method)
     check_model(config.model)
     check_optimizer(config)
     check_meta(config, METHODS[config.method], amp=config.amp)
-    checkpoint.check_weights(config.weights)
+    checkpoint.check_weights_file(config.weights)
     if config.virtual_step == "optimizer" and config.optimizer != "sgd":
         raise UserError(
             f"--virtual-step optimizer knows sgd alone: take --virtual-step sgd with --optimizer {config.optimizer}."
@@ -96,7 +96,7 @@ def check_config(config: Config) -> None:
     if config.accumulate > 1:
         method = METHODS[config.method]
         flags = (
-            method.needs_whole_batch(select(method.Settings, config)),
+            method.needs_whole_batch(select_settings(method.Settings, config)),
             "--advisor-inputs attached" if config.advisor_inputs == "attached" else None,
             "--approx-layers learned" if config.approx_meta and config.approx_layers == "learned" else None,
             "--meta-engine reference" if config.meta_engine == "reference" else None,
@@ -108,7 +108,7 @@ def check_config(config: Config) -> None:
 def _train(config: Config, source: Source | None, device: torch.device, ranks: Ranks) -> TrainResult | DryRun:
     resumes = config.resume
     if resumes == "auto":  # decided by one rank, which soon makes the folder
-        resumes = ranks.share(RunFolder.holds_run(config.output) if ranks.first else None)
+        resumes = ranks.broadcast(RunFolder.holds_run(config.output) if ranks.first else None)
     begun = RunFolder.open_for_resume(config.output, config) if resumes else None
     if begun is None and ranks.first:
         RunFolder.check_free(config.output)
@@ -116,8 +116,8 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
         raise UserError("--meta-engine reference is for one process: drop it, or start without torchrun.")
     data: TrainingData | None = None
     try:
-        with memory.enough(device):
-            with ranks.first_alone():  # who downloads, and makes small copies
+        with memory.explain_out_of_memory(device):
+            with ranks.let_first_go_ahead():  # who downloads, and makes small copies
                 given = load_source(config) if source is None else source
                 staged = cache_images(given, config, device)
             data = prepare(staged, config, config.seed)
@@ -131,7 +131,7 @@ def _train(config: Config, source: Source | None, device: torch.device, ranks: R
         message = str(error)
         error.__context__ = None  # whose frames hold the tensors
     # Outside the except block: what was held when memory ran out is free now.
-    fits = None if data is None else dry_run.batch_size_that_fits(config, data, device, ranks.count)
+    fits = None if data is None else dry_run.find_fitting_batch_size(config, data, device, ranks.count)
     raise OutOfMemoryError(message if fits is None else f"{message} --batch-size {fits} fits (it was tried).")
 
 
@@ -140,13 +140,13 @@ def _run(trainer: Trainer, begun: RunFolder | None) -> TrainResult:
     if begun is None:
         default = f"{config.dataset}-{config.method}"
         folder = RunFolder.create(config.output, config, default) if ranks.first else None
-        begun = RunFolder(Path(ranks.share(None if folder is None else str(folder.path))))
+        begun = RunFolder(Path(ranks.broadcast(None if folder is None else str(folder.path))))
     elif begun.last.is_file():  # else the run was cut off before its first save
         trainer.restore(begun.last)
         trainer.timetable.check_continues(begun.length(), trainer.steps_taken, begun.last)
     if ranks.first:
         begun.clear_temporary()
-        begun.keep_metrics(trainer.epoch)
+        begun.truncate_metrics(trainer.epoch)
         begun.write_config(config)
         begun.begin_part(
             {**provenance(ranks.count), "seed": config.seed, "iteration": trainer.step.iteration},
@@ -156,7 +156,7 @@ def _run(trainer: Trainer, begun: RunFolder | None) -> TrainResult:
     return trainer.run(begun)
 
 
-def restarted(config: Config, ranks: Ranks) -> Config:
+def resume_after_restart(config: Config, ranks: Ranks) -> Config:
     """Return ``config``, continuing the run if torchrun has started the processes again after a failure (--max-restarts)."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and config.output is None and ranks.count > 1:
         raise UserError("torchrun --max-restarts needs to find the run again: name its folder with --output.")
@@ -167,8 +167,8 @@ def restarted(config: Config, ranks: Ranks) -> Config:
 
 
 @contextlib.contextmanager
-def only_first_prints(ranks: Ranks) -> Iterator[None]:
-    """Keep the other ranks' standard output to themselves: they would say the same."""
+def silence_other_ranks(ranks: Ranks) -> Iterator[None]:
+    """Discard the standard output of all ranks but the first, since they would all print the same."""
     if ranks.first:
         yield
         return
@@ -177,7 +177,7 @@ def only_first_prints(ranks: Ranks) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic(enabled: bool) -> Iterator[None]:
+def only_deterministic(enabled: bool) -> Iterator[None]:
     """Allow, inside the block, only operations that give the same numbers every time.
 
     Raises:

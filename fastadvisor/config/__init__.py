@@ -9,15 +9,30 @@ Layers, later ones win: the defaults, the data set's recipe (``recipes/<dataset>
 ``config``, flags or keywords (``layers.py``).
 """
 
-from fastadvisor.config.catalogue import Setting, settings_of
+from fastadvisor.config.catalogue import Setting, list_settings
 from fastadvisor.config.data import DataConfig, LoaderConfig
-from fastadvisor.config.layers import UnknownSetting, check_keys, completed, configured, read_layer, resolve, to_dict, validated
+from fastadvisor.config.layers import (
+    UnknownSetting,
+    add_implied,
+    build_config,
+    check_keys,
+    read_layer,
+    resolve,
+    to_dict,
+    validate,
+)
 from fastadvisor.config.learning import MetaConfig, ModelConfig, OptimizerConfig
 from fastadvisor.config.metadata import ESSENTIAL, GIVEN, Count, Fraction, NonNegative, Only, Positive
 from fastadvisor.config.methods import AdvisorConfig, MethodConfig
-from fastadvisor.config.near_misses import near_miss
-from fastadvisor.config.paths import LISTS, PATHS, absolute, local, moved
-from fastadvisor.config.registry import complete, methods_that_use, register_method, registered_methods, select
+from fastadvisor.config.near_misses import answer_near_miss
+from fastadvisor.config.paths import LISTS, PATHS, expand_user, make_absolute, move_lists
+from fastadvisor.config.registry import (
+    add_method_settings,
+    methods_that_use,
+    register_method,
+    registered_methods,
+    select_settings,
+)
 from fastadvisor.config.run import RunConfig
 from fastadvisor.config.settings import CheckConfig, CompareConfig, Config
 
@@ -44,21 +59,21 @@ __all__ = [
     "RunConfig",
     "Setting",
     "UnknownSetting",
-    "absolute",
+    "add_implied",
+    "add_method_settings",
+    "answer_near_miss",
+    "build_config",
     "check_keys",
-    "complete",
-    "completed",
-    "configured",
-    "local",
+    "expand_user",
+    "list_settings",
+    "make_absolute",
     "methods_that_use",
-    "moved",
-    "near_miss",
+    "move_lists",
     "read_layer",
     "register_method",
     "registered_methods",
     "resolve",
-    "select",
-    "settings_of",
+    "select_settings",
     "to_dict",
-    "validated",
+    "validate",
 ]

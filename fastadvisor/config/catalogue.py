@@ -1,4 +1,4 @@
-"""What is to be known of each setting: for its flag, its place in ``--help``, and whether anything reads it."""
+"""Describes each setting: its flag, its place in ``--help``, and the conditions under which it is read."""
 
 import ast
 import functools
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastadvisor.config.metadata import ESSENTIAL, Only
-from fastadvisor.config.registry import complete, methods_that_use, registered_methods, registered_settings
+from fastadvisor.config.registry import add_method_settings, methods_that_use, registered_methods, registered_settings
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Setting:
     """The component that declares it."""
     essential: bool
     conditions: tuple[Only, ...]
-    """Under which it is read; all must hold. See also :meth:`methods`."""
+    """Conditions under which the setting is read; all must hold. See also :meth:`methods`."""
 
     @property
     def flag(self) -> str:
@@ -34,7 +34,7 @@ class Setting:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is on or off and nothing else: its flag takes no value."""
+        """Whether the setting is a plain boolean, whose flag takes no value."""
         return self.alternatives == (bool,)
 
     @property
@@ -44,24 +44,24 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words it may be, where they are listed."""
+        """The allowed words, if the type is a ``Literal``."""
         return tuple(str(word) for one in self.alternatives if get_origin(one) is Literal for word in get_args(one))
 
     @property
     def methods(self) -> tuple[str, ...] | None:
-        """The methods that use it; None: it is none of those that only some methods use."""
+        """The methods that use the setting; None if it does not depend on the method."""
         return methods_that_use(self.name)
 
     @property
     def title(self) -> str:
-        """What it is listed under."""
+        """Title under which the help lists the setting."""
         title = vars(self.owner).get("TITLE")
         return str(title) if title is not None else f"Method {', '.join(self.methods or registered_methods())}"
 
     @property
     def help(self) -> str:
         """What it does: the string under its declaration, in one line; empty where there is no source to read it from."""
-        return help_texts(self.owner).get(self.name, "")
+        return read_help_texts(self.owner).get(self.name, "")
 
     def from_text(self, text: str) -> Any:
         """Return what ``text``, as it stands on the command line, means: a number, None, or else the text itself."""
@@ -79,9 +79,9 @@ class Setting:
         return text
 
 
-def settings_of(kind: type) -> dict[str, Setting]:
+def list_settings(kind: type) -> dict[str, Setting]:
     """Return the settings of a configuration by name, in order; those of registered methods are among them."""
-    return {field.name: _setting(field.name, complete(kind)) for field in fields(complete(kind))}
+    return {field.name: _setting(field.name, add_method_settings(kind)) for field in fields(add_method_settings(kind))}
 
 
 def _setting(name: str, kind: type) -> Setting:
@@ -110,7 +110,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
 
 
 @functools.cache
-def help_texts(kind: type) -> Mapping[str, str]:
+def read_help_texts(kind: type) -> Mapping[str, str]:
     """Return the string under each field of the class ``kind``, in one line.
 
     They are read from the source, which an installed package and a zip have as well; without it there are none.

@@ -30,7 +30,7 @@ class DatasetConfig:
     TITLE: ClassVar = "Data"
 
     dataset: Annotated[Dataset, ESSENTIAL] = "digits"
-    """Data set. digits comes along; the others are read from --data-root (layouts: fastadvisor/datasets/README.md)."""
+    """Data set. digits is built in; the others are read from --data-root (layouts: fastadvisor/datasets/README.md)."""
     data_root: Annotated[str | None, ESSENTIAL] = None
     """Folder of the data set. imagefolder: ROOT/train/<class>, ROOT/test/<class> and, if you have it, ROOT/meta/<class>."""
     variant: str | None = None
@@ -42,11 +42,12 @@ class DatasetConfig:
     meta_list: str | None = None
     """Images whose labels are trusted, as the meta-set of any data set of files; none: the data set's own, or held out."""
     meta_per_class: Annotated[Count, ESSENTIAL] = 10
-    """Clean images a class held out as the meta-set (unused where the data set brings its own)."""
+    """Clean images of each class held out as the meta-set; unused where the data set has a meta-set of its own."""
     download: Annotated[bool, Only(dataset=("cifar10", "cifar100"))] = False
-    """cifar10, cifar100: fetch the archive into --data-root if it is not there."""
+    """cifar10, cifar100: download the archive into --data-root if it is not there."""
     image_size: Count | None = None
-    """Side in pixels images are brought to; none: 224 for the papers' data sets, else the images' median, at most 224."""
+    """Side in pixels that images are resized to; none: 224 for the papers' data sets, else the median of the images, at most
+    224."""
 
 
 @dataclass
@@ -58,17 +59,19 @@ class CorruptionConfig:
     labels: Annotated[str | None, ESSENTIAL] = None
     """File with one label per training image in data-set order (.npy, .csv, .txt, .pt), in place of generated noise."""
     labels_key: str | None = None
-    """--labels: which labels of a file that holds several, as worse_label of CIFAR-10N's CIFAR-10_human.pt."""
+    """--labels: name of the labels to take from a file that holds several, such as worse_label in CIFAR-10_human.pt
+    (CIFAR-10N)."""
     noise: Annotated[Literal["none", "flip", "flip2", "semantic", "uniform", "hierarchical"], ESSENTIAL] = "none"
     """Label noise to inject."""
     noise_rate: Annotated[Fraction, ESSENTIAL] = 0.0
     """Probability that a training label is corrupted."""
     flip_map: tuple[int, ...] | None = None
-    """flip: for each class the class its labels turn into; none: the customary map (numpy legacy generator, seed 1)."""
+    """--noise flip: for each class, the class that its labels are changed to; none: the map of the earlier papers (numpy legacy
+    generator, seed 1)."""
     imbalance_factor: Annotated[float, Field(ge=1, allow_inf_nan=False), ESSENTIAL] = 1.0
-    """Long tail: size of the largest class over the smallest, exponential profile; 1 leaves the classes alone."""
+    """Long tail: size of the largest class divided by that of the smallest, with an exponential profile; 1: no long tail."""
     noise_before_imbalance: bool = False
-    """Corrupt the labels before the long tail is cut (by the corrupted label) instead of after."""
+    """Corrupt the labels before the long tail is cut, so that classes are those of the corrupted labels, instead of after."""
 
 
 @dataclass
@@ -83,22 +86,25 @@ class BatchConfig:
     TITLE: ClassVar = "Batches"
 
     batch_size: Annotated[Count, ESSENTIAL] = 128
-    """Training images a step, of all processes together."""
+    """Training images in a step, over all processes together."""
     meta_batch_size: Count | None = None
-    """Meta images a step; none: as the training batch, at most the whole meta-set."""
+    """Meta images in a step; none: as many as training images, but at most the whole meta-set."""
     accumulate: Count = 1
-    """Take each batch in so many micro-batches, one after the other: less memory, the same gradients (but for BatchNorm)."""
+    """Split each batch into this many micro-batches, computed one after the other: less memory, and the same gradients except
+    for batch normalisation."""
     loader: Literal["auto", "resident", "torch", "dali", "synthetic"] = "auto"
     """resident: all images as uint8 in device memory; torch: worker processes; dali: NVIDIA DALI, which decodes on the GPU;
-    synthetic: one random batch again and again, the ceiling; auto: resident where they fit, else dali, or torch without it."""
+    synthetic: the same random batch every time, to measure the speed
+    without loading; auto: resident where they fit, else dali, or torch without it."""
     workers: Annotated[Annotated[int, Field(ge=0, le=1024)] | None, Only(loader=("auto", "torch", "dali"))] = None
-    """torch: processes, dali: threads, of the training and of the meta loader each; none: the cores, at most 16."""
+    """Worker processes (torch) or threads (dali) for each of the training and the meta loader; none: one a core, at most 16."""
     cache_size: Count | None = None
-    """Keep a copy of the images with the shorter side brought to this many pixels, made once, and read that."""
+    """Read from a copy of the images, made once, whose shorter side is resized to this many pixels."""
     cache_dir: Annotated[str | None, Only(cache_size=GIVEN)] = None
     """--cache-size: folder of the copies; none: fastadvisor in the user's cache folder."""
     max_bad_fraction: Fraction = 0.001
-    """Images that cannot be read are left out and listed in the run folder, up to this fraction of each part."""
+    """Images that cannot be read are left out and listed in the run folder. The run stops if they are more than this fraction
+    of the training, meta or test images."""
 
 
 @dataclass
@@ -108,18 +114,19 @@ class AugmentationConfig:
     TITLE: ClassVar = "Augmentation"
 
     crop: Literal["pad", "random", "resized"] = "pad"
-    """pad: reflect-pad and crop back at random; random: bring the shorter side to --resize-size and crop at
+    """pad: pad by reflection and crop at random; random: resize the shorter side to --resize-size and crop at
     random; resized: crop a random area and aspect ratio (torchvision's RandomResizedCrop)."""
     crop_padding: Annotated[int, Field(ge=0), Only(crop="pad")] = 4
     """--crop pad: pixels of reflected border."""
     resize_size: Count | None = None
-    """Shorter side before --image-size is cropped out, in testing too; none: 256/224 of it, with --crop pad the same."""
+    """Shorter side that images are resized to before --image-size is cropped out, in testing too; none: 256/224 of
+    --image-size, or --image-size itself with --crop pad."""
     horizontal_flip: bool = True
-    """Mirror half the images."""
+    """Flip each training image horizontally with probability 1/2."""
     auto_augment: Literal["none", "cifar10", "imagenet"] = "none"
     """AutoAugment with the policy learned on this data set (Cubuk et al. 2019)."""
     cutout: Annotated[int, Field(ge=0)] = 0
-    """Side in pixels of a square set to the mean (DeVries & Taylor 2017); 0: none."""
+    """Side in pixels of a random square that is set to the mean colour (DeVries & Taylor 2017); 0: none."""
 
 
 @dataclass

@@ -17,13 +17,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fastadvisor import recipes
-from fastadvisor.config.catalogue import settings_of
+from fastadvisor.config.catalogue import list_settings
 from fastadvisor.config.data import DataConfig
-from fastadvisor.config.near_misses import near_miss
-from fastadvisor.config.paths import PATHS, local, moved
-from fastadvisor.config.registry import complete
+from fastadvisor.config.near_misses import answer_near_miss
+from fastadvisor.config.paths import PATHS, expand_user, move_lists
+from fastadvisor.config.registry import add_method_settings
 from fastadvisor.config.settings import Config
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 
 C = TypeVar("C", bound=Config)
 
@@ -47,7 +47,7 @@ def read_layer(named: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: no such recipe or file, or not a mapping of keys to values.
     """
-    name = local(named)
+    name = expand_user(named)
     if name in recipes.names():
         text = recipes.read(name)
     elif os.path.isfile(name):  # Path.is_file raises on a name that is too long
@@ -56,7 +56,7 @@ def read_layer(named: str | os.PathLike[str]) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{name} cannot be read as text ({error}); --config takes a recipe or a YAML file.") from None
     else:
-        raise UserError(f"No recipe or file {name!r}.{nearest(name, recipes.names())} Recipes: {', '.join(recipes.names())}.")
+        raise UserError(f"No recipe or file {name!r}.{suggest(name, recipes.names())} Recipes: {', '.join(recipes.names())}.")
     try:
         layer = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -89,18 +89,18 @@ def resolve(kind: type[C], config: str | os.PathLike[str] | None = None, /, orig
     layer = read_layer(config) if config is not None else {}
     check_keys(kind, layer, f" in {config}")
     check_keys(kind, overrides, origin)
-    layer = moved(layer, overrides.get("data_root"))
+    layer = move_lists(layer, overrides.get("data_root"))
     dataset = overrides.get("dataset", layer.get("dataset", DataConfig.dataset))
     base = read_layer(dataset) if dataset in recipes.names() else {}
-    below, origins = {**base, **completed(layer)}, dict.fromkeys(base, f" (from {dataset})")
+    below, origins = {**base, **add_implied(layer)}, dict.fromkeys(base, f" (from {dataset})")
     origins.update(dict.fromkeys(layer, f" (from {config})"))
     if layer:
-        validated(kind, below, origins)  # a mistake in a file is one where a flag wins over it, too
+        validate(kind, below, origins)  # a mistake in a file is one where a flag wins over it, too
     origins.update(dict.fromkeys(overrides, origin))
-    return validated(kind, {**below, **completed(overrides)}, origins)
+    return validate(kind, {**below, **add_implied(overrides)}, origins)
 
 
-def configured(kind: type[C], config: str | os.PathLike[str] | Config | None, settings: Mapping[str, Any]) -> C:
+def build_config(kind: type[C], config: str | os.PathLike[str] | Config | None, settings: Mapping[str, Any]) -> C:
     """Return what ``config``, a recipe, a file or a whole configuration, and ``settings``, which win over it, come to.
 
     Raises:
@@ -110,10 +110,10 @@ def configured(kind: type[C], config: str | os.PathLike[str] | Config | None, se
         return resolve(kind, config, **settings)
     check_keys(kind, settings, "")
     values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return validated(kind, {**values, **completed(settings)})
+    return validate(kind, {**values, **add_implied(settings)})
 
 
-def completed(layer: Mapping[str, Any]) -> dict[str, Any]:
+def add_implied(layer: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``layer`` and what it implies for the layers below it.
 
     Where it turns noise off, or brings labels in its place, their rate of noise is undone. Where it gives the length of the run
@@ -131,18 +131,18 @@ def completed(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_keys(kind: type[Config], layer: Mapping[Any, Any], origin: str) -> None:
     """Raise a UserError that names the nearest key if ``layer`` holds one that ``kind`` does not have."""
-    known = [field.name for field in fields(complete(kind))]
+    known = [field.name for field in fields(add_method_settings(kind))]
     for key in layer:
         if key in known:
             continue
-        if (answer := near_miss(str(key), known)) is not None:
+        if (answer := answer_near_miss(str(key), known)) is not None:
             raise UserError(f"Unknown key {str(key)!r}{origin}: {answer}")
         name = str(key).replace("-", "_")
-        message = f"Unknown key {str(key)!r}{origin}.{nearest(name, known)} 'fastadvisor train --help-all' lists them all."
+        message = f"Unknown key {str(key)!r}{origin}.{suggest(name, known)} 'fastadvisor train --help-all' lists them all."
         raise UnknownSetting(message, name)
 
 
-def validated(kind: type[C], values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> C:
+def validate(kind: type[C], values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> C:
     """Return ``kind`` with ``values``, checked against the types and ranges that it declares.
 
     Args:
@@ -154,20 +154,21 @@ def validated(kind: type[C], values: Mapping[str, Any], origins: Mapping[str, st
         UserError: the first value of the wrong type or out of range.
     """
     values = {
-        key: local(value) if key in PATHS and isinstance(value, str | os.PathLike) else value for key, value in values.items()
+        key: expand_user(value) if key in PATHS and isinstance(value, str | os.PathLike) else value
+        for key, value in values.items()
     }
     origins = origins or {}
-    for setting in settings_of(kind).values():  # YAML takes the words on and off for True and False
+    for setting in list_settings(kind).values():  # YAML takes the words on and off for True and False
         if isinstance(values.get(setting.name), bool) and {"on", "off"} <= set(setting.choices):
             values[setting.name] = "on" if values[setting.name] else "off"
     try:
-        checked: C = _adapter(complete(kind)).validate_python(values)  # type: ignore[arg-type]  # as in registry.py
+        checked: C = _adapter(add_method_settings(kind)).validate_python(values)  # type: ignore[arg-type]  # as in registry.py
     except ValidationError as error:
         first = error.errors()[0]
         key, message = ".".join(str(part) for part in first["loc"][:1]), first["msg"]
         reason = message[0].lower() + message[1:]
         allowed = re.findall(r"'(.*?)'", reason) if first["type"] == "literal_error" else []
-        near = nearest(str(values.get(key)), allowed)
+        near = suggest(str(values.get(key)), allowed)
         raise UserError(f"{key} = {values.get(key)!r}{origins.get(key, '')}: {reason}.{near}") from None
     for key, value in values.items():
         if isinstance(value, bool) and not isinstance(getattr(checked, key), bool):  # YAML's yes and on would count as 1

@@ -1,4 +1,4 @@
-"""What a setting says of itself, beside its type: ranges, whether everybody needs it, and what it belongs to.
+"""Metadata in the type of a setting: its range, whether it is essential, and the conditions under which it is read.
 
 A component, which is a small dataclass of settings, may have two class variables: ``TITLE``, under which ``--help`` lists its
 settings, and ``ONLY``, an :class:`Only` that holds for each of them.

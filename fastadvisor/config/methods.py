@@ -18,8 +18,8 @@ class ChoiceConfig:
     TITLE: ClassVar = "Method"
 
     method: Annotated[str, ESSENTIAL] = "mfrw-mes"
-    """mfrw-mes, mfrw, mes, mw-net, l2rw, a floor (ce, meta-only, finetune), or another: --help-all lists all, with their
-    settings."""
+    """Learned from the meta-set: mfrw-mes, mfrw, mes, mw-net, l2rw. Fixed losses: focal, balanced-softmax, elr. Two stages:
+    crt. Baselines: ce, meta-only, finetune. --help-all lists the settings of each."""
 
 
 @dataclass

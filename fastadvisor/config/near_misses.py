@@ -49,7 +49,7 @@ OTHER_NAMES = {
     "weights": "checkpoint ckpt init load initial_checkpoint finetune_from start_from",
     "workers": "j num_workers n_workers threads dataloader_num_workers",
 }
-"""By ours, those of others."""
+"""For each of our settings, the names that other programs use for it."""
 
 ONE_GPU = (
     "--device cuda takes the GPU, CUDA_VISIBLE_DEVICES=1 before the command says which, and "
@@ -87,10 +87,10 @@ ANSWERS = {
     ),
     "task": "there is one task, classification; --dataset and --method choose what of it.",
 }
-"""By names, separated by spaces, what to say."""
+"""Answer for each group of names, which are separated by spaces."""
 
 
-def near_miss(name: str, known: Collection[str]) -> str | None:
+def answer_near_miss(name: str, known: Collection[str]) -> str | None:
     """Return a sentence on the setting ``name``, which is none of ours, or None where nothing is known of it.
 
     Args:

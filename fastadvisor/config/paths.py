@@ -1,4 +1,4 @@
-"""Settings that name files and folders, and how they stay right from any folder."""
+"""Settings that name files and folders, and how to make them valid from any working folder."""
 
 import os
 from collections.abc import Mapping
@@ -9,24 +9,24 @@ PATHS = ("data_root", *LISTS, "labels", "weights", "cache_dir", "output")
 """Settings that name a file or folder: any of them may be a ``pathlib.Path``, or begin with ``~``."""
 
 
-def local(path: str | os.PathLike[str]) -> str:
+def expand_user(path: str | os.PathLike[str]) -> str:
     """Return ``path`` as a string, with ``~`` written out."""
     return os.path.expanduser(os.fspath(path))
 
 
-def absolute(values: Mapping[str, Any]) -> dict[str, Any]:
+def make_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with absolute paths, which hold from any folder. A list may be named from the data set's root, too."""
     whole = dict(values)
     for key in PATHS:
         path = values.get(key)
         if not isinstance(path, str):
             continue
-        inside = os.path.join(local(values.get("data_root") or "."), path)
+        inside = os.path.join(expand_user(values.get("data_root") or "."), path)
         whole[key] = os.path.abspath(inside if key in LISTS and not os.path.isfile(path) and os.path.isfile(inside) else path)
     return whole
 
 
-def moved(values: Mapping[str, Any], data_root: str | os.PathLike[str] | None) -> dict[str, Any]:
+def move_lists(values: Mapping[str, Any], data_root: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Return settings for a data set that lies in ``data_root`` now: lists that lay inside its old root, and are there, too."""
     old, whole = values.get("data_root"), dict(values)
     if not isinstance(old, str) or data_root is None:
@@ -34,6 +34,6 @@ def moved(values: Mapping[str, Any], data_root: str | os.PathLike[str] | None) -
     for key in (*LISTS, "labels"):
         path = values.get(key)
         if isinstance(path, str) and path.startswith(f"{old.rstrip(os.sep)}{os.sep}"):
-            there = os.path.join(os.path.abspath(local(data_root)), os.path.relpath(path, old))
+            there = os.path.join(os.path.abspath(expand_user(data_root)), os.path.relpath(path, old))
             whole[key] = there if os.path.isfile(there) else path
     return whole

@@ -52,7 +52,7 @@ def registered_settings() -> list[type]:
     return list(dict.fromkeys(kind for settings in _SETTINGS.values() for kind in settings))
 
 
-def complete(kind: type[S]) -> type[S]:
+def add_method_settings(kind: type[S]) -> type[S]:
     """Return the dataclass ``kind`` with the settings of all registered methods, as a subclass if it lacks any."""
     return _completed(kind)  # type: ignore[arg-type]  # it takes the class for one of its instances
 
@@ -72,7 +72,7 @@ def _completed(kind: Any) -> Any:
     )
 
 
-def select(kind: type[S], config: object) -> S:
+def select_settings(kind: type[S], config: object) -> S:
     """Return the settings of ``config`` that the dataclass ``kind`` has, such as a method's ``Settings``."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: getattr(config, name) for name in names if hasattr(config, name)})

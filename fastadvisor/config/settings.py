@@ -12,11 +12,11 @@ from fastadvisor.config.run import RunConfig
 
 @dataclass
 class Config(RunConfig, OptimizerConfig, MetaConfig, MethodConfig, ModelConfig, LoaderConfig, DataConfig):
-    """Everything ``fastadvisor train`` can be told."""
+    """All settings of ``fastadvisor train``."""
 
     @classmethod
     def has_flag(cls, name: str) -> bool:
-        """Return whether the setting ``name`` is a flag of the command; in files it may stand in any case."""
+        """Return whether the setting ``name`` is a flag of the command; a file may hold it even if it is not."""
         return True
 
 
@@ -29,7 +29,7 @@ class GridConfig:
     methods: Annotated[str, ESSENTIAL] = "ce,meta-only,mw-net,mfrw-mes"
     """Methods to compare, separated by commas."""
     seeds: Annotated[Count, ESSENTIAL] = 1
-    """Runs a method, with seeds --seed, --seed + 1, ..."""
+    """Runs of each method, with the seeds --seed, --seed + 1, ..."""
 
 
 @dataclass
@@ -43,21 +43,21 @@ class CompareConfig(Config, GridConfig):
 
 
 @dataclass
-class LookConfig:
-    """How closely a data set is looked at."""
+class ThoroughnessConfig:
+    """How thoroughly a data set is checked."""
 
     TITLE: ClassVar = "Check"
 
     decode: Annotated[bool, ESSENTIAL] = True
-    """Decode every image; off: files are read and compared only."""
+    """Decode every image; off: only read and compare the files."""
 
 
 @dataclass
-class CheckConfig(Config, LookConfig):
-    """``fastadvisor data check``: the settings of train; those that concern no data are passed over."""
+class CheckConfig(Config, ThoroughnessConfig):
+    """``fastadvisor data check``: the settings of train, of which only those about data have an effect."""
 
     @classmethod
     def has_flag(cls, name: str) -> bool:
         """Return whether the setting ``name`` is a flag of the command."""
-        own = (field.name for kind in (DataConfig, LookConfig) for field in fields(kind))
+        own = (field.name for kind in (DataConfig, ThoroughnessConfig) for field in fields(kind))
         return name in (*own, "max_bad_fraction", "seed", "output")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastadvisor.datasets.paths import Ints
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 
 
 class ClassNumbers(NamedTuple):
@@ -72,7 +72,7 @@ def _neither(
     if unknown is not None:
         return (
             f"{where}: the label {unknown!r}{place(unknown)} is neither a class of the data set nor a class number "
-            f"(0 to {len(classes) - 1}): correct it.{nearest(unknown, classes)}"
+            f"(0 to {len(classes) - 1}): correct it.{suggest(unknown, classes)}"
         )
     name = next(label for label, number in zip(labels, by_number, strict=True) if number < 0)
     number = next(label for label, one in zip(labels, by_name, strict=True) if one < 0)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastadvisor.datasets.readers.imagefolder import EXTENSIONS
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 
 LABEL_COLUMNS = ("label", "given_label", "predicted_label", "suggested_label", "corrected_label", "clean_label", "noisy_label")
 """Names of the columns of a CSV that hold labels, including the names that cleanlab uses."""
@@ -144,7 +144,7 @@ def _label_column(header: Sequence[str], path: Path, key: str | None, *, one_col
     """Return which column holds the labels; None if there is only one column, without a header."""
     if key is not None:
         if key.lower() not in header:
-            raise UserError(f"{path} has no column {key}.{nearest(key, header)} Its first line names {', '.join(header)}.")
+            raise UserError(f"{path} has no column {key}.{suggest(key, header)} Its first line names {', '.join(header)}.")
         return header.index(key.lower())
     known = [name for name in header if name in LABEL_COLUMNS]
     if "label" in known or len(known) == 1:

@@ -13,7 +13,7 @@ from fastadvisor.datasets.class_labels import resolve_labels
 from fastadvisor.datasets.images import FileImages, Images, TarImages, find_originals, match_files
 from fastadvisor.datasets.label_formats import FileContents, WrittenLabels, read_csv, read_npy, read_pt, read_txt
 from fastadvisor.datasets.paths import Ints, PathTable
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 
 CLEAN = "clean_label"
 """Name of the entry that holds the data set's own labels, which shows whether the file is in the order of the data set."""
@@ -161,7 +161,7 @@ def _select_labels(found: dict[str, NDArray[np.integer]], path: Path, key: str |
     if key is None:
         raise UserError(f"{path} holds several labels: name one with --labels-key, of {names}.")
     if key not in found:
-        raise UserError(f"{path} holds no {key}.{nearest(key, found)} It holds {names}.")
+        raise UserError(f"{path} holds no {key}.{suggest(key, found)} It holds {names}.")
     clean = found.get(CLEAN)
     if clean is not None and len(clean) == len(own):
         wrong = np.flatnonzero(clean != own)

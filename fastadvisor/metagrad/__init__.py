@@ -13,7 +13,7 @@ from fastadvisor.metagrad.validated import ValidatedEngine
 from fastadvisor.metagrad.virtual_step import VirtualStep
 from fastadvisor.methods import Method
 from fastadvisor.models import SplitClassifier, cut_at, layers_of
-from fastadvisor.runtime.console import note
+from fastadvisor.runtime.console import log_notes
 from fastadvisor.runtime.execution import Execution
 
 __all__ = [
@@ -119,11 +119,11 @@ def _approximate(config: MetaConfig, model: SplitClassifier, image_shape: tuple[
     if config.approx_layers == "top":
         cut = cut_at(model, image_shape, config.approx_stages)
         if cut is None:
-            note([f"{model.name} cannot be cut below its top {config.approx_stages} stages: all layers count."])
+            log_notes([f"{model.name} cannot be cut below its top {config.approx_stages} stages: all layers count."])
         return ForwardEngine(execution, cut, tangent=tangent)
     layers = layers_of(model, image_shape)
     if len(layers) <= config.approx_budget:
-        note([f"{model.name} has no more than {len(layers)} layers that can be told apart: all of them count."])
+        log_notes([f"{model.name} has no more than {len(layers)} layers that can be told apart: all of them count."])
         return ForwardEngine(execution, tangent=tangent)
     learned = None
     if config.approx_layers == "learned":

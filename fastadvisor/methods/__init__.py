@@ -1,7 +1,7 @@
 """All methods by name. To add one, write a file with a subclass of ``Method``, and add a line here."""
 
-from fastadvisor.config import MethodConfig, register_method, select
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.config import MethodConfig, register_method, select_settings
+from fastadvisor.errors import UserError, suggest
 from fastadvisor.methods.balanced_softmax import BalancedSoftmax
 from fastadvisor.methods.base import Advice, Clock, DataFacts, Method, Seen
 from fastadvisor.methods.ce import CrossEntropy
@@ -41,7 +41,7 @@ __all__ = ["METHODS", "Advice", "Clock", "DataFacts", "Method", "Seen", "Stage",
 def check_method(name: str) -> None:
     """Raise a UserError that names the most similar method, unless ``name`` is the name of a method."""
     if name not in METHODS:
-        raise UserError(f"Unknown method {name!r}.{nearest(name, METHODS)} Methods: {', '.join(METHODS)}.")
+        raise UserError(f"Unknown method {name!r}.{suggest(name, METHODS)} Methods: {', '.join(METHODS)}.")
 
 
 def build_method(config: MethodConfig, features: int, facts: DataFacts) -> Method:
@@ -57,4 +57,4 @@ def build_method(config: MethodConfig, features: int, facts: DataFacts) -> Metho
     """
     check_method(config.method)
     kind = METHODS[config.method]
-    return kind(select(kind.Settings, config), features, facts)
+    return kind(select_settings(kind.Settings, config), features, facts)

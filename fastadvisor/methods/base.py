@@ -34,7 +34,7 @@ class DataFacts(NamedTuple):
         return self._asdict()
 
     @classmethod
-    def of_plain(cls, state: Mapping[str, Any]) -> "DataFacts":
+    def from_plain(cls, state: Mapping[str, Any]) -> "DataFacts":
         """Return the facts that :meth:`to_plain` turned into ``state``."""
         return cls(int(state["classes"]), int(state["samples"]), state["label_counts"])
 

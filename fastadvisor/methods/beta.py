@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastadvisor.config import Fraction
 from fastadvisor_kernels import Bernoulli, Beta
-from fastadvisor_kernels.dispatch import by_triton
+from fastadvisor_kernels.dispatch import uses_triton
 
 
 @dataclass
@@ -39,7 +39,7 @@ def draw_beta(settings: BetaSettings, rows: int, classes: int, device: torch.dev
     """
     if settings.beta_draw == "expected":
         return settings.beta_probability
-    if settings.beta_draw == "class" and by_triton(torch.empty(0, device=device)):
+    if settings.beta_draw == "class" and uses_triton(torch.empty(0, device=device)):
         return Bernoulli.draw(settings.beta_probability, device)
     shape = {"class": (rows, classes), "sample": (rows, 1), "batch": (1, 1)}[settings.beta_draw]
     return (torch.rand(shape, device=device) < settings.beta_probability).float()

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from fastadvisor.config import ModelConfig
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.models.split import SplitClassifier, split
 
@@ -47,7 +47,7 @@ def check_model(name: str) -> None:
     if name.startswith("timm/"):
         _timm_name(name)
         return
-    near = nearest(name, [*OURS, *torchvision_names()])
+    near = suggest(name, [*OURS, *torchvision_names()])
     raise UserError(f"Unknown model {name!r}.{near} Models: {', '.join(OURS)}, torchvision's names, timm/<name>.")
 
 
@@ -58,7 +58,7 @@ def _timm_name(name: str) -> str:
         raise UserError(f"Model {name!r} needs timm: pip install timm.") from None
     bare = name.removeprefix("timm/")
     if not timm.is_model(bare):
-        raise UserError(f"timm has no model {bare!r}.{nearest(bare, timm.list_models())}")
+        raise UserError(f"timm has no model {bare!r}.{suggest(bare, timm.list_models())}")
     return bare
 
 

@@ -1,4 +1,4 @@
-"""Main memory that a step frees and the next step asks for again."""
+"""Settings of glibc's allocator: whether memory that a step frees stays in the process for the next step."""
 
 import ctypes
 import platform
@@ -12,7 +12,7 @@ MMAP_MAX, TRIM_THRESHOLD = 65_536, 128 * 1024
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what the process frees instead of handing it back to the kernel; return whether it does.
+    """Let glibc keep the memory that the process frees instead of returning it to the kernel; return whether that worked.
 
     By default a large tensor is mapped anew each time, and each of its pages faults on first touch; an exact meta step frees
     and allocates many. A ResNet-8 at batch 128 took 297 ms a step without this and 200 ms with it (docs/results/step.md). The
@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Undo :func:`keep_freed_memory` from here on, as in a child that was forked with it."""
+    """Undo :func:`keep_freed_memory`, for example in a child process that was forked after it."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, MMAP_MAX)
@@ -35,6 +35,6 @@ def return_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Hand back to the kernel what is free now (glibc), so that one run's peak is not taken for the next one's."""
+    """Return memory that is free now to the kernel (glibc), so that the peak of one run does not count for the next."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running anything that is in them."""
+"""Checkpoints: written atomically, and read without executing code from the file."""
 
 import os
 import random
@@ -25,12 +25,16 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def save(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write ``payload`` (with the key ``format`` added) to ``path``; raises and guards as :func:`write`."""
+    """Write ``payload`` (with the key ``format`` added) to ``path``, as :func:`write` does.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     write(path, {**payload, "format": FORMAT})
 
 
 def write(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write ``payload`` as it is, such as a state dict, to ``path``; a crash leaves the file that was there.
+    """Write ``payload``, such as a state dict, to ``path``; after a crash the previous file is still there.
 
     Raises:
         UserError: the file cannot be written, such as on a full disk.
@@ -90,7 +94,7 @@ def read(path: Path) -> dict[str, Any]:
                 f"{path} holds objects other than tensors and plain values ({foreign[1]}), which are not loaded, as they may "
                 "run code: save the state dict alone, torch.save(model.state_dict(), FILE)."
             ) from None
-        others = [other for other in (*kept(path.parent), path.with_name("best.pt")) if _is_another(other, path)]
+        others = [other for other in (*list_kept(path.parent), path.with_name("best.pt")) if _is_another(other, path)]
         way = f"copy {others[0]} over it, or train" if path.name == "last.pt" and others else "train"
         raise UserError(
             f"{path} is damaged or cut short, or no checkpoint at all; {way} again into another --output."
@@ -100,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
     return payload
 
 
-def kept(folder: Path) -> list[Path]:
+def list_kept(folder: Path) -> list[Path]:
     """Return the checkpoints of ``--keep`` in ``folder``, newest first."""
     return sorted(folder.glob("iteration-*.pt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
@@ -146,8 +150,8 @@ def load_model_state(module: torch.nn.Module, state: Mapping[str, Any], path: Pa
 
 
 @contextmanager
-def fitting(path: Path) -> Iterator[None]:
-    """Turn whatever the content of a checkpoint provokes inside the block into a UserError."""
+def refuse_misfit(path: Path) -> Iterator[None]:
+    """Turn any exception inside the block, which reads the content of a checkpoint, into a UserError."""
     try:
         yield
     except UserError:
@@ -159,24 +163,24 @@ def fitting(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_weights(name: str | None) -> None:
-    """Raise a UserError if there is to be a file of weights and there is none."""
+def check_weights_file(name: str | None) -> None:
+    """Raise a UserError if a file of weights is named and does not exist."""
     if name is not None and not os.path.isfile(name):
         raise UserError(f"There is no file of weights {name}: check --weights.")
 
 
 def load_weights(module: torch.nn.Module, name: str) -> None:
     """Load the classifier in the file ``name``: a run's ``model.pt``, ``best.pt`` or ``last.pt``, or any state dict, in what
-    other trainers wrap it in (:func:`unwrapped`).
+    other trainers wrap it in (:func:`unwrap_state`).
 
     Raises:
         UserError: missing, damaged, or of another model.
     """
     path = Path(name)
-    load_model_state(module, unwrapped(classifier(path), module.state_dict()), path)
+    load_model_state(module, unwrap_state(read_classifier(path), module.state_dict()), path)
 
 
-def unwrapped(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+def unwrap_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the state dict in ``state`` under the names of ``own``: taken out of an entry such as ``state_dict``, and without
     the prefixes that DataParallel (``module.``), torch.compile (``_orig_mod.``) and Lightning (``model.``) put before names.
     """
@@ -192,7 +196,7 @@ def unwrapped(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, 
     return state
 
 
-def classifier(path: Path) -> dict[str, Any]:
+def read_classifier(path: Path) -> dict[str, Any]:
     """Return the state dict of the classifier in a checkpoint, the average of its weights if there is one, or in ``model.pt``.
 
     Raises:
@@ -201,17 +205,17 @@ def classifier(path: Path) -> dict[str, Any]:
     state = read(path)
     if "format" not in state:
         return state
-    return classifier_of(load(path), path)
+    return extract_classifier(load(path), path)
 
 
-def classifier_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def extract_classifier(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the state dict of the classifier in the checkpoint ``state``, read from ``path``: the average of its weights if
     there is one.
 
     Raises:
         UserError: it holds no classifier.
     """
-    with fitting(path):
+    with refuse_misfit(path):
         return dict(state[AVERAGE]["model"] if AVERAGE in state else state[MODEL])
 
 

@@ -27,13 +27,13 @@ PLAIN = {
     "≤": "<=",
     "≥": ">=",
 }
-"""What stands for a character where the output cannot hold it; others become their escape, as \\xe9."""
+"""Replacements for characters that the encoding of the output lacks; others become an escape such as \\xe9."""
 
 DEAD = (errno.EPIPE, errno.EIO)
-"""Errors of writing to a pipe that nobody reads, and to a terminal that has been closed."""
+"""Error numbers of a write to a pipe without a reader, or to a terminal that has been closed."""
 
 LOGGER = logging.getLogger("fastadvisor")
-"""Above those of the modules."""
+"""The parent of the loggers of all modules."""
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -46,9 +46,9 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("fastadvisor", _plain)
 
 
-def hold_any_character() -> None:
-    """Let standard output and error take any text, whatever their encoding: hours of training are not to end in a ``±``, or in
-    the name of a file that is in no encoding at all.
+def accept_any_character() -> None:
+    """Let standard output and standard error accept any text, whatever their encoding, so that a run does not fail when it
+    prints a ``±`` or a file name with invalid characters.
     """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -56,8 +56,8 @@ def hold_any_character() -> None:
             reconfigure(errors="fastadvisor")
 
 
-def printable(text: str, stream: TextIO) -> str:
-    """Return ``text`` as ``stream`` can hold it."""
+def make_printable(text: str, stream: TextIO) -> str:
+    """Return ``text`` with the characters replaced that the encoding of ``stream`` lacks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "fastadvisor").decode(encoding)
 
@@ -70,7 +70,7 @@ class Console(logging.Handler):
     threshold = logging.INFO
     """The lowest level that is printed."""
     onwards = False
-    """Whether the handlers of the root are asked by this one, and not by propagation."""
+    """Whether this handler passes records on to the handlers of the root logger, in place of propagation."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print ``record``, and pass it on."""
@@ -84,8 +84,8 @@ class Console(logging.Handler):
 
 
 @contextlib.contextmanager
-def shown(progress: bool = True) -> Iterator[None]:
-    """Print inside the block what is logged: notes, and progress if it is wanted here and in the blocks around this one.
+def show_log(progress: bool = True) -> Iterator[None]:
+    """Print what is logged inside the block: warnings, and progress if both this block and the blocks around it ask for it.
 
     Progress needs the level INFO, which the caller's own handlers at the root may not have asked for: they get what the level
     of the root lets through, as ever.
@@ -109,20 +109,20 @@ def shown(progress: bool = True) -> Iterator[None]:
 
 
 def write(text: str, stream: TextIO | None) -> None:
-    """Print a line to ``stream``, above a progress bar if there is one; drop it where nobody listens any more.
+    """Print a line to ``stream``, above a progress bar if there is one; ignore a stream that is closed.
 
     A terminal that has been closed, or the reader of a pipe that has left, is no reason to end a run.
     """
     if stream is None:  # Python started without one
         return
     with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed
-        tqdm.write(printable(text, stream), file=stream)
+        tqdm.write(make_printable(text, stream), file=stream)
         stream.flush()
 
 
-def leave_dead_streams() -> None:
-    """Point standard output and error to nowhere if they cannot be written to any more. What is left in their buffers would be
-    written when the interpreter ends, which would end with a status of its own (120).
+def detach_dead_streams() -> None:
+    """Redirect standard output and standard error to the null device if they can no longer be written to. Otherwise Python
+    would fail to flush their buffers at exit, and end with its own status, 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -135,7 +135,7 @@ def leave_dead_streams() -> None:
                 os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def note(lines: Iterable[str]) -> None:
-    """Log what the user must know of the data or the run, a record a line."""
+def log_notes(lines: Iterable[str]) -> None:
+    """Log each line as a warning: what the user must know about the data or the run."""
     for line in lines:
         LOGGER.warning("%s", line)

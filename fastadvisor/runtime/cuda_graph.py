@@ -207,7 +207,7 @@ class Graphed(Generic[Result]):
         """Do what is on the device, with rates that are there: so an iteration gives the same numbers replayed or not."""
         if self.reason is not None:
             return self._iteration.compute(train, meta)
-        with rates_on_device(self._iteration.optimizers(), self._rates):
+        with put_rates_on_device(self._iteration.optimizers(), self._rates):
             return self._iteration.compute(train, meta)
 
     def _record(self, train: Any, meta: Any | None) -> "_Recorded[Result] | None":
@@ -242,7 +242,7 @@ class Graphed(Generic[Result]):
 
 
 @contextmanager
-def rates_on_device(optimizers: Sequence[torch.optim.Optimizer], rates: Sequence[Tensor]) -> Iterator[None]:
+def put_rates_on_device(optimizers: Sequence[torch.optim.Optimizer], rates: Sequence[Tensor]) -> Iterator[None]:
     """Let ``rates``, a scalar on the device for each parameter group, be the learning rates inside the block, and the
     optimizers fit to be captured.
     """

@@ -1,4 +1,4 @@
-"""What this run stands on: versions, device, and which optional parts are active."""
+"""The environment of a run: versions, device, and which optional parts are active."""
 
 import os
 import platform

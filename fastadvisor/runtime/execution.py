@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadvisor.runtime.random_state import CommonRandomness
-from fastadvisor.runtime.ranks import ALONE, Ranks, added
+from fastadvisor.runtime.ranks import ALONE, Ranks, add_gradients
 from fastadvisor.runtime.share import Share
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Execution:
                 total = self.ranks.gradients(loss, inputs, total, **options)
             else:
                 found = torch.autograd.grad(loss, inputs, **options)
-                total = found if total is None else tuple(map(added, found, total))
+                total = found if total is None else tuple(map(add_gradients, found, total))
             if done is not None:
                 done(part)
         assert total is not None
@@ -95,7 +95,7 @@ class Execution:
             self._unscaled_of.add(id(optimizer))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let ``optimizer`` take its step, unless float16 overflowed in its (unscaled) gradients."""
+        """Let ``optimizer`` take its step, unless its (unscaled) gradients overflowed in float16."""
         if self.scaler is None:
             optimizer.step()
             return
@@ -106,20 +106,20 @@ class Execution:
         self.scaler.step(optimizer)
 
     def end_iteration(self) -> None:
-        """Move the loss scale by what this iteration's steps have found."""
+        """Update the loss scale by whether gradients overflowed in this iteration."""
         if self.scaler is not None and self._unscaled_of:
             self.scaler.update()
             self._unscaled_of.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loss scale and where the ranks' common random numbers stand."""
+        """Return the loss scale and the state of the random numbers that all ranks share."""
         return {
             "scaler": {} if self.scaler is None else self.scaler.state_dict(),
             "common": self.common.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Restore ``state``, as :meth:`state_dict` returned it."""
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.common.load_state_dict(state["common"])

@@ -1,4 +1,4 @@
-"""When a run is to save, and when to stop: signals, the clock, and all ranks of one mind."""
+"""When a run saves and when it stops: by signals and by the clock, and agreed on by all ranks."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ GRACE = 20.0
 """Seconds in which an iteration, a batch of a test or a save ends: torchrun waits for 30 before it kills."""
 
 
-class Wish(IntEnum):
-    """What is to be done after an iteration; of several ranks' wishes the largest counts."""
+class Action(IntEnum):
+    """What to do after an iteration; if the ranks differ, the largest value counts."""
 
     NOTHING = 0
     SAVE = 1
@@ -31,7 +31,7 @@ class Wish(IntEnum):
 
 
 class Interruption:
-    """Whether someone has asked the process to stop.
+    """Records whether the process has been asked to stop.
 
     Inside :meth:`watched`, SIGINT, SIGTERM and SIGHUP (the terminal has gone) are noted and nothing else; a second SIGINT ends
     the process at once. One that was ignored from the start stays so, as SIGHUP under nohup.
@@ -90,7 +90,7 @@ class Interruption:
 
 
 class SaveClock:
-    """Says after each iteration what is to be done.
+    """Decides after each iteration whether to save and whether to stop.
 
     Args:
         interruption: of this process.
@@ -105,17 +105,17 @@ class SaveClock:
         self._vote: tuple[torch.Tensor, Any] | None = None
 
     def saved(self) -> None:
-        """Begin to count anew."""
+        """Restart the clock, after a save."""
         self._last = time.monotonic()
 
-    def wish(self, iteration: int) -> Wish:
+    def decide(self, iteration: int) -> Action:
         """Return what all ranks are to do after ``iteration``, counted from 1."""
         self.interruption.steps += 1
-        mine = Wish.NOTHING
+        mine = Action.NOTHING
         if self.interruption.signal is not None:
-            mine = Wish.STOP
+            mine = Action.STOP
         elif self.ranks.first and self._due(iteration):
-            mine = Wish.SAVE
+            mine = Action.SAVE
         if self.ranks.count == 1:
             return mine
         agreed = self.settle()
@@ -123,13 +123,13 @@ class SaveClock:
         self._vote = vote, dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True)
         return agreed
 
-    def settle(self) -> Wish:
-        """Return what the votes under way come to."""
+    def settle(self) -> Action:
+        """Wait for the vote under way, if any, and return its result."""
         if self._vote is None:
-            return Wish.NOTHING
+            return Action.NOTHING
         (vote, work), self._vote = self._vote, None
         work.wait()
-        return Wish(int(vote))
+        return Action(int(vote))
 
     def _due(self, iteration: int) -> bool:
         by_clock = self.minutes > 0 and time.monotonic() - self._last >= 60 * self.minutes

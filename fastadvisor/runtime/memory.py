@@ -1,4 +1,4 @@
-"""Memory of a run: its peak, and what to say when it runs out."""
+"""The peak memory of a run, and the error message when memory runs out."""
 
 import gc
 import sys
@@ -16,7 +16,7 @@ CPU_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 
 @contextmanager
-def enough(device: torch.device) -> Iterator[None]:
+def explain_out_of_memory(device: torch.device) -> Iterator[None]:
     """Turn running out of memory inside the block, here or in a worker process of a loader, into an OutOfMemoryError or another
     UserError.
     """
@@ -37,7 +37,7 @@ def enough(device: torch.device) -> Iterator[None]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin to measure: the allocator's peak on a GPU; on the CPU the peak resident set, where the kernel lets us."""
+    """Reset the peak: that of the allocator on a GPU; on the CPU that of the resident set, where the kernel allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -48,7 +48,9 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """Return the peak in MiB since :func:`reset_peak`: memory torch allocated on the GPU, or the process's resident set."""
+    """Return the peak in MiB since :func:`reset_peak`: of the memory that torch allocated on the GPU, or of the resident set of
+    the process; None where the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if STATUS.is_file():

@@ -1,4 +1,4 @@
-"""Which device, in which precision, by which kernels."""
+"""Choice of the device, the precision and the kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fastadvisor.errors import UserError
-from fastadvisor_kernels.dispatch import by_triton
+from fastadvisor_kernels.dispatch import uses_triton
 
 
 def amp_dtype(choice: Literal["auto", "bfloat16", "float16"], device: torch.device) -> torch.dtype:
@@ -23,7 +23,7 @@ def amp_dtype(choice: Literal["auto", "bfloat16", "float16"], device: torch.devi
 
 
 def use_tf32(enabled: bool) -> None:
-    """Let float32 matrix products, or none, run in TF32 on GPUs that have it. Convolutions do as torch is set to: in TF32."""
+    """Turn TF32 on or off for float32 matrix products. Convolutions keep torch's own setting, which is TF32."""
     torch.set_float32_matmul_precision("high" if enabled else "highest")
 
 
@@ -36,9 +36,9 @@ def memory_format(choice: str, device: torch.device, *, amp: bool) -> torch.memo
 
 
 @contextmanager
-def tuned_convolutions(device: torch.device, *, deterministic: bool) -> Iterator[None]:
-    """Let cuDNN time its algorithms and keep the fastest inside the block, on a GPU and where the numbers need not be the same
-    each time: the shapes of a run are few.
+def tune_convolutions(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+    """Let cuDNN measure its algorithms and use the fastest inside the block, on a GPU and unless results must be reproducible.
+    It pays because a run has few shapes.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
@@ -63,12 +63,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_kernels(device: torch.device) -> None:
-    """Find out, before any work is lost, whether the kernels that ``FASTADVISOR_KERNELS`` asks for can run on ``device``.
+    """Check, before any work is done, that the kernels that ``FASTADVISOR_KERNELS`` asks for can run on ``device``.
 
     Raises:
         UserError: they cannot, or there are none of that name.
     """
     try:
-        by_triton(torch.empty(0, device=device))
+        uses_triton(torch.empty(0, device=device))
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -1,4 +1,6 @@
-"""Torch's random state at one point, for a pass that must draw the same numbers again; and what several ranks draw alike."""
+"""The random state of torch at one point, for a pass that must draw the same numbers again; and random numbers that all ranks
+share.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,25 +34,25 @@ class RandomState(NamedTuple):
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Run the block from the recorded state, and put today's state back after it."""
+        """Run the block from the recorded state, and restore the present state after it."""
         with torch.random.fork_rng(devices=list(self.cuda)):
             self.restore()
             yield
 
     def to_plain(self) -> dict[str, Any]:
-        """Return it as a checkpoint holds it, without the number of the GPU."""
+        """Return the state as a checkpoint stores it, without the index of the GPU."""
         return {"cpu": self.cpu, "cuda": next(iter(self.cuda.values()), None)}
 
     @classmethod
-    def of_plain(cls, state: Mapping[str, Any], device: torch.device) -> "RandomState":
-        """Return what :meth:`to_plain` was taken of, for ``device``; a GPU that was not used then goes on from today's."""
+    def from_plain(cls, state: Mapping[str, Any], device: torch.device) -> "RandomState":
+        """Return the state that :meth:`to_plain` returned, for ``device``; a GPU that is not in it keeps its present state."""
         now = cls.now(device)
         cuda = now.cuda if state["cuda"] is None else dict.fromkeys(now.cuda, state["cuda"])
         return cls(state["cpu"], cuda)
 
 
 class CommonRandomness:
-    """What all ranks draw alike, for the batch as a whole, of which each then takes its rows.
+    """Random numbers that all ranks draw alike for the whole batch, of which each rank then takes its rows.
 
     So several ranks draw what one process would. That one has a single stream, torch's own; of several, each has a second
     one of its own, for what belongs to its images alone, such as the units that dropout drops.
@@ -66,7 +68,7 @@ class CommonRandomness:
         """Of the common stream; None: it is torch's own."""
 
     def split_off(self) -> None:
-        """Let the common stream go on from where torch's own stands; the caller then moves the latter."""
+        """Start the common stream from the present state of torch's own; the caller then changes the latter."""
         self._state = RandomState.now(self.device)
 
     @contextmanager
@@ -80,12 +82,12 @@ class CommonRandomness:
             self._state = RandomState.now(self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the common stream stands."""
+        """Return the state of the common stream."""
         return (RandomState.now(self.device) if self._state is None else self._state).to_plain()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``, that of one process or of several, as one process or as several."""
-        found = RandomState.of_plain(state, self.device)
+        """Restore ``state``, whether it was saved by one process or by several."""
+        found = RandomState.from_plain(state, self.device)
         if self.share.ranks > 1:
             self._state = found
         else:

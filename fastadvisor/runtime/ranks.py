@@ -41,7 +41,7 @@ class Ranks:
     local: int = 0
     """Number of this process on its machine, and of its GPU."""
     joined: bool = False
-    """Whether we have joined the others ourselves, and so leave them."""
+    """Whether this object initialised torch.distributed, and so has to shut it down."""
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -79,7 +79,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files and speaks for all."""
+        """Whether this is rank 0, which writes the files and prints for all ranks."""
         return self.rank == 0
 
     def gradients(
@@ -95,7 +95,7 @@ class Ranks:
         """
         if self.count == 1:
             found = torch.autograd.grad(loss, inputs, **options)
-            return found if plus is None else tuple(map(added, found, plus))
+            return found if plus is None else tuple(map(add_gradients, found, plus))
         buckets = _Buckets(inputs, self.count, plus)
         handles = [
             tensor.register_hook(lambda gradient, at=at: buckets.ready(at, gradient)) for at, tensor in enumerate(inputs)
@@ -128,14 +128,14 @@ class Ranks:
         return number.bool()
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every rank handed in, in order, on rank 0; an empty list elsewhere."""
+        """Return the values of all ranks, in order, on rank 0; an empty list on the others."""
         if self.count == 1:
             return [value]
         values: list[Any] | None = [None] * self.count if self.first else None
         dist.gather_object(value, values)
         return values or []
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value`` on all ranks."""
         if self.count == 1:
             return value
@@ -144,8 +144,8 @@ class Ranks:
         return box[0]
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """Let rank 0 through the block before the others."""
+    def let_first_go_ahead(self) -> Iterator[None]:
+        """Let rank 0 run the block before the others do."""
         if not self.first:
             self.wait()
         yield
@@ -157,20 +157,20 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def align(self, module: torch.nn.Module) -> None:
+    def broadcast_module(self, module: torch.nn.Module) -> None:
         """Give all ranks rank 0's parameters and buffers."""
         if self.count > 1:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.detach(), 0)
 
-    def align_buffers(self, module: torch.nn.Module) -> None:
+    def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give all ranks rank 0's buffers, such as running statistics, which each has gathered from its own images."""
         if self.count > 1:
             for tensor in module.buffers():
                 dist.broadcast(tensor.detach(), 0)
 
     def leave(self) -> None:
-        """Leave the others when all are done; not where one has failed, whom they would wait for.
+        """Shut down torch.distributed when all ranks are done. Not to be called after a failure: it waits for all ranks.
 
         A process that ends without it may be aborted by a thread of torch's that nobody has joined.
         """
@@ -184,14 +184,14 @@ ALONE = Ranks()
 LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process exited|by peer|timed out", re.IGNORECASE)
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether ``error`` is what a collective raises where another rank has ended."""
+def means_lost_rank(error: BaseException) -> bool:
+    """Return whether ``error`` is one that a collective raises because another rank has ended."""
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return many and isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
 
 
-def speaks(message: str) -> bool:
-    """Whether this process is the one to print ``message``: of several ranks that fail alike, the first to come."""
+def claim_message(message: str) -> bool:
+    """Return whether this process is to print ``message``: of several ranks with the same message, only the first one is."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     key = hashlib.sha256(message.encode()).hexdigest()[:16]
@@ -214,8 +214,8 @@ def _agent_store(timeout: timedelta) -> Store | None:
     return PrefixStore(f"fastadvisor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", agent)
 
 
-def added(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Return the sum of two gradients, of which either may be missing."""
+def add_gradients(gradient: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, either of which may be None."""
     return more if gradient is None else gradient if more is None else gradient + more
 
 
@@ -281,7 +281,7 @@ class _Buckets:
         return tuple(means)
 
     def _of(self, at: int) -> Tensor | None:
-        return self.gradients[at] if self.plus is None else added(self.gradients[at], self.plus[at])
+        return self.gradients[at] if self.plus is None else add_gradients(self.gradients[at], self.plus[at])
 
     def _send(self) -> None:
         members = self.members[len(self.flying)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from fastadvisor.config import Config, absolute, moved, to_dict
+from fastadvisor.config import Config, make_absolute, move_lists, to_dict
 from fastadvisor.errors import UserError, cannot_write
 from fastadvisor.runtime import checkpoint
 
@@ -44,10 +44,10 @@ MAY_DIFFER = (
 
 
 LENGTH = ("epochs", "iterations")
-"""What may differ where the schedule would have done the same so far."""
+"""Settings that may differ if the schedule has been the same up to now."""
 
 TEMPORARY = re.compile(r"\.config\.yaml\.\d+\.tmp")
-"""All that a process leaves which was killed while it made its folder."""
+"""Name of the only file that is left by a process that was killed while it created its folder."""
 
 
 class RunFolder:
@@ -150,8 +150,8 @@ class RunFolder:
         Raises:
             UserError: a setting that touches the numbers differs (named with both values).
         """
-        now = absolute(yaml.safe_load(yaml.safe_dump(to_dict(config))))
-        before = moved(absolute(self._read_config()), now.get("data_root"))
+        now = make_absolute(yaml.safe_load(yaml.safe_dump(to_dict(config))))
+        before = move_lists(make_absolute(self._read_config()), now.get("data_root"))
         for key in [*now, *(key for key in before if key not in now)]:
             old, new = before.get(key, "not set"), now.get(key, "not set")
             if key not in (*MAY_DIFFER, *but) and old != new:
@@ -162,7 +162,7 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Write the resolved configuration, in the form that ``--config`` reads, its paths absolute."""
-        values = absolute({**to_dict(config), "resume": False})
+        values = make_absolute({**to_dict(config), "resume": False})
         write_text(self.config, yaml.safe_dump(values, sort_keys=False))
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -173,7 +173,7 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.metrics, error) from None
 
-    def keep_metrics(self, epochs: int) -> None:
+    def truncate_metrics(self, epochs: int) -> None:
         """Drop the metrics after the first ``epochs`` lines: a resumed run writes them again."""
         if self.metrics.is_file():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:epochs]
@@ -221,13 +221,13 @@ class RunFolder:
                     os.link(self.last, named)
                 except OSError:  # a file system without hard links
                     shutil.copyfile(self.last, named)
-                for old in checkpoint.kept(self.path)[keep:]:
+                for old in checkpoint.list_kept(self.path)[keep:]:
                     old.unlink(missing_ok=True)
             except OSError as error:
                 raise cannot_write(named, error) from None
 
     def clear_temporary(self) -> None:
-        """Delete what a process that was killed in the middle of a write has left."""
+        """Delete the temporary files of a process that was killed during a write."""
         for path in self.path.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -235,8 +235,8 @@ class RunFolder:
         """Write ``bad_images.csv``: part, id, reason and file of each image that could not be read."""
         write_text(self.bad_images, table)
 
-    def how_to_go_on(self) -> str:
-        """Return the command that continues the run, for a shell to read from any folder."""
+    def resume_command(self) -> str:
+        """Return the shell command that continues the run, which works from any folder."""
         config, output = (shlex.quote(os.path.abspath(path)) for path in (self.config, self.path))
         return f"fastadvisor train --config {config} --output {output} --resume"
 

@@ -1,4 +1,4 @@
-"""What a run consists of, by name: everything that a checkpoint must bring back.
+"""The parts of a run by name: everything that a checkpoint must restore.
 
 A part is anything with ``state_dict`` and ``load_state_dict``; a checkpoint is the dict of the parts' states under their names.
 A new part of a run is saved by being named once, in the ``parts()`` of what it belongs to.
@@ -17,7 +17,7 @@ from fastadvisor.runtime import checkpoint
 from fastadvisor.runtime.ranks import Ranks
 
 OF_EACH_RANK = "ranks"
-"""Under which name the parts that each rank has of its own are saved: a list, by rank."""
+"""Key of the list, by rank, of the parts that each rank has of its own."""
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class Stateful(Protocol):
     """A part of a run."""
 
     def state_dict(self) -> Any:
-        """Return what it takes to go on from here: tensors and plain values, in any nesting of dicts and lists."""
+        """Return the state of the part: tensors and plain values, in any nesting of dicts and lists."""
         ...
 
     def load_state_dict(self, state: Any, /) -> Any:
@@ -34,7 +34,7 @@ class Stateful(Protocol):
 
 
 class Checked(ABC):
-    """A part whose refusals name the file that was read."""
+    """A part whose error messages name the file that was read."""
 
     @abstractmethod
     def state_dict(self) -> Any:
@@ -125,7 +125,7 @@ class Optimizer(Checked):
 
     def load_from(self, state: Any, path: Path | str) -> None:
         """Go on from ``state``."""
-        load_state(self.optimizer, state)
+        load_optimizer_state(self.optimizer, state)
 
 
 class RandomStates:
@@ -199,7 +199,7 @@ def _load(part: Part, state: Any, path: Path | str) -> None:
         part.load_state_dict(state)
 
 
-def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Continue from ``state``, a state dict, with the implementation that ``optimizer`` has here: whether it is fused depends
     on the machine and on what the run is watched for, and torch would take it from the state dict.
     """

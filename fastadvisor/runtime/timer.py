@@ -1,4 +1,4 @@
-"""How long steps take, without making them wait for each other."""
+"""Durations of steps, measured without synchronising with the device."""
 
 import statistics
 import time
@@ -41,5 +41,5 @@ class StepTimer:
 
 
 def median(values: list[float]) -> float | None:
-    """Return the median; None of nothing."""
+    """Return the median of ``values``; None if there are none."""
     return statistics.median(values) if values else None

@@ -1,4 +1,4 @@
-"""A step of an optimizer: gradients over micro-batches and ranks, looked at before they reach a weight, and clipped."""
+"""A step of an optimizer: gradients are added up over micro-batches and ranks, checked for infinities and NaN, and clipped."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

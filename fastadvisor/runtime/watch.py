@@ -1,4 +1,4 @@
-"""Values that are not finite, found before they reach a weight."""
+"""Checks for infinities and NaN before they reach a weight."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ CAUSES = ("the advisor's", "the training loss", "the meta loss", "the meta-gradi
 
 
 def distance_to_cause(name: str) -> int:
-    """Return the place of a tensor's name in ``CAUSES``; that of no tensor is the last."""
+    """Return the index in ``CAUSES`` of the entry that ``name`` begins with; their number if there is none."""
     return next((place for place, start in enumerate(CAUSES) if name.startswith(start)), len(CAUSES))
 
 
@@ -53,7 +53,7 @@ class _Peaks(NamedTuple):
 
 @dataclass
 class Watch:
-    """Looks at an iteration's numbers before they reach any weight. All ranks get the same answer.
+    """Checks the values of an iteration before they reach any weight. All ranks get the same answer.
 
     As it stands it waits for the device, once before the advisor's step and once before the classifier's. ``deferred`` it does
     not: a flag on the device keeps the optimizers from stepping (``found_inf`` of torch's fused ones) from the first bad number
@@ -61,9 +61,9 @@ class Watch:
     """
 
     skip: bool = False
-    """Leave the step out and count it, rather than raise."""
+    """Whether to leave the step out and count it, instead of raising an error."""
     gradients: bool = True
-    """Off where a gradient scaler looks at gradients itself, and leaves out steps as a matter of course."""
+    """Whether to check gradients; off with a gradient scaler, which checks them itself and leaves out steps as it adapts."""
     ranks: Ranks = ALONE
     skipped: int = 0
     deferred: bool = False
@@ -75,7 +75,7 @@ class Watch:
     """Iterations whose flag has not been read."""
 
     def passes(self, values: Mapping[str, Tensor | None], gradients: Mapping[str, Tensor | None]) -> bool:
-        """Return whether all of it is finite; deferred, True.
+        """Return whether all values are finite; True if the check is deferred.
 
         Raises:
             NonFiniteError: it is not, and steps are not to be skipped.
@@ -96,12 +96,12 @@ class Watch:
         return False
 
     def guard(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Keep a fused ``optimizer`` from stepping where anything so far was not finite, as a gradient scaler would."""
+        """Keep a fused ``optimizer`` from taking a step if anything so far was not finite, as a gradient scaler would."""
         if self.deferred and optimizer is not None:
             optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # torch looks for it there
 
     def end_iteration(self, number: int) -> None:
-        """Have the flag of iteration ``number`` come to the host, and read that of the one before.
+        """Start to copy the flag of iteration ``number`` to the host, and read that of the iteration before.
 
         Raises:
             NonFiniteError: something in that one was not finite.

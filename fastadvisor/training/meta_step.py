@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadvisor.config import Config, MetaConfig, validated
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.config import Config, MetaConfig, validate
+from fastadvisor.errors import UserError, suggest
 from fastadvisor.iterations import StepResult
 from fastadvisor.loading.batch import Batch
 from fastadvisor.metagrad import check_meta
@@ -70,7 +70,7 @@ class MetaStep:
             if given[need] is None:
                 raise UserError(f"The method {method} needs {need}: hand it to MetaStep.")
         _check_settings(settings, {field.name for field in fields(kind.Settings)})
-        config = validated(Config, {**settings, "method": method})
+        config = validate(Config, {**settings, "method": method})
         check_meta(config, kind, amp=config.amp)
         if config.virtual_step == "optimizer" and not isinstance(optimizer, torch.optim.SGD):
             raise UserError("virtual_step='optimizer' knows torch.optim.SGD alone: take 'sgd', or that optimizer.")
@@ -154,4 +154,4 @@ def _check_settings(settings: Mapping[str, Any], of_method: set[str]) -> None:
     known = {*(field.name for field in fields(MetaConfig)), *of_method, *OF_THE_STEP}
     for name in settings:
         if name not in known:
-            raise UserError(f"MetaStep has no setting {name!r}.{nearest(name, known)} It takes: {', '.join(sorted(known))}.")
+            raise UserError(f"MetaStep has no setting {name!r}.{suggest(name, known)} It takes: {', '.join(sorted(known))}.")

@@ -134,7 +134,7 @@ class Recorder:
         batches = ranks.gather([None if part is None else [one.cpu() for one in part] for part in (begun.train, begun.meta)])
         # A rank whose own values are bad spoils the others' gradients: it is the one to be named.
         told = ranks.gather((name, begun.train.ids[:8].tolist()))
-        name, some = ranks.share(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
+        name, some = ranks.broadcast(min(told, key=lambda one: distance_to_cause(one[0])) if told else None)
         state = run.state()
         if ranks.first:
             checkpoint.save(path, {**begun.put_back(state), "batches": batches, "name": name, "config": to_dict(run.config)})

@@ -66,7 +66,7 @@ class SavedRun:
         for path in (self.folder.last, self.folder.best):
             if path.is_file():
                 state = checkpoints.load(path)
-                with checkpoints.fitting(path):
+                with checkpoints.refuse_misfit(path):
                     return [str(name) for name in state[checkpoints.CLASSES]]
         return []
 
@@ -82,7 +82,7 @@ class SavedRun:
         path = folder.path / f"{checkpoint}.pt"
         if not path.is_file():
             best = ", or try --checkpoint best" if folder.best.is_file() else ""
-            raise UserError(f"{folder.path} holds no {checkpoint}.pt; let the run finish ({folder.how_to_go_on()}){best}.")
+            raise UserError(f"{folder.path} holds no {checkpoint}.pt; let the run finish ({folder.resume_command()}){best}.")
         return path
 
     def weights(self, checkpoint: str = "model") -> dict[str, Any]:
@@ -93,7 +93,7 @@ class SavedRun:
         """
         path = self.path(checkpoint)
         if checkpoint not in self._weights:
-            self._weights[checkpoint] = checkpoints.classifier(path)
+            self._weights[checkpoint] = checkpoints.read_classifier(path)
         return self._weights[checkpoint]
 
     def model(self, checkpoint: str = "model", size: int | None = None) -> SplitClassifier:
@@ -184,7 +184,7 @@ class SavedRun:
         """
         path = self.folder.summary
         if not path.is_file():
-            raise UserError(f"{self.folder.path} holds no summary.json; let the run finish ({self.folder.how_to_go_on()}).")
+            raise UserError(f"{self.folder.path} holds no summary.json; let the run finish ({self.folder.resume_command()}).")
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

@@ -30,7 +30,7 @@ from fastadvisor.runtime import checkpoint, memory
 from fastadvisor.runtime.cuda_graph import Graphed
 from fastadvisor.runtime.environment import environment
 from fastadvisor.runtime.execution import Execution
-from fastadvisor.runtime.interruption import Interruption, SaveClock, Wish
+from fastadvisor.runtime.interruption import Action, Interruption, SaveClock
 from fastadvisor.runtime.logger import TensorBoard
 from fastadvisor.runtime.precision import amp_dtype, memory_format, use_tf32
 from fastadvisor.runtime.ranks import ALONE, Ranks
@@ -85,8 +85,8 @@ class Trainer:
         self.facts = DataFacts(len(data.classes), len(data.labels), data.label_counts())
         self.method = build_method(config, self.model.head.in_features, self.facts).to(device)
         self.method.batch_mean = lambda values: ranks.total(values.mean()) / ranks.count
-        ranks.align(self.method)
-        ranks.align(self.model)
+        ranks.broadcast_module(self.method)
+        ranks.broadcast_module(self.model)
         self.step = build_step(config, self.model, self.method, self.execution, shape)
         records = config.cuda_graph == "on" or (config.cuda_graph == "auto" and device.type == "cuda")
         self.take = self._recorded() if records else None
@@ -216,12 +216,12 @@ class Trainer:
             self.timer.mark()
             for observer in self.observers:
                 observer.step(result, train)
-            wish = self.clock.wish(self.step.iteration)
-            if wish is Wish.STOP or (wish is Wish.SAVE and index + 1 < steps):
+            wish = self.clock.decide(self.step.iteration)
+            if wish is Action.STOP or (wish is Action.SAVE and index + 1 < steps):
                 progress.seconds, progress.waited = time.perf_counter() - began, self._waited() - waited
                 progress.saturated = self.collapse.look(self.step.advice)
                 self._save()
-                if wish is Wish.STOP:
+                if wish is Action.STOP:
                     raise self._interrupted()
         self._settle()
         times = self.timer.collect()
@@ -283,7 +283,7 @@ class Trainer:
         where = f"after iteration {self.step.iteration} (epoch {self.epoch + 1} of {self.config.epochs})"
         return Interrupted(
             f"Stopped{'' if number is None else f' by {number.name}'} {where}; everything so far is in {self.folder.last}. "
-            f"To go on: {self.folder.how_to_go_on()}",
+            f"To go on: {self.folder.resume_command()}",
             15 if number is None else int(number),
         )
 
@@ -313,7 +313,7 @@ class Trainer:
     def test(self, images: EvaluationLoader) -> Accuracy:
         """Return the accuracy on ``images`` as of now."""
         model = self.tested_model()
-        self.ranks.align_buffers(model)
+        self.ranks.broadcast_buffers(model)
         if type(self.method).adjust is not Method.adjust:
             model = Adjusted(model, self.method)
         return accuracy(model, self._awake(images), self.data, precision=self.execution, ranks=self.ranks)
@@ -350,7 +350,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return everything needed to continue exactly: tensors and plain values only. All ranks together; rank 0 gets it."""
-        self.ranks.align_buffers(self.model.model)
+        self.ranks.broadcast_buffers(self.model.model)
         return save_parts(self.parts(), self.own_parts(), self.ranks)
 
     def restore(self, path: Path) -> None:
@@ -360,7 +360,7 @@ class Trainer:
             UserError: damaged, or of another model, method or data set.
         """
         state = checkpoint.load(path)
-        with checkpoint.fitting(path):
+        with checkpoint.refuse_misfit(path):
             # Batches, and what all ranks draw alike, are the same for any number of ranks; what each draws alone begins anew.
             load_parts(state, path, self.parts(), self.own_parts(), self.ranks, drawn_alone=("random",))
         if self.take is not None:

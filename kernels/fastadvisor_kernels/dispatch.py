@@ -1,4 +1,4 @@
-"""Who computes: Triton for tensors on a GPU, plain torch elsewhere."""
+"""Choice of the backend: Triton for tensors on a GPU, plain torch elsewhere."""
 
 import os
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def backend(name: Backend) -> Iterator[None]:
         _chosen = before
 
 
-def by_triton(tensor: Tensor) -> bool:
+def uses_triton(tensor: Tensor) -> bool:
     """Return whether Triton computes on ``tensor``.
 
     Chosen by device: a Triton wheel imports without a driver and fails only at launch.
@@ -54,7 +54,7 @@ def by_triton(tensor: Tensor) -> bool:
     return name == "triton"
 
 
-def no_tangents(operation: str, *tensors: Tensor | None) -> None:
+def refuse_tangents(operation: str, *tensors: Tensor | None) -> None:
     """Raise unless all tensors are free of forward-mode tangents: a kernel would drop them without a word.
 
     Raises:
@@ -63,10 +63,10 @@ def no_tangents(operation: str, *tensors: Tensor | None) -> None:
     if forward_ad._current_level < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(no_forward_mode(operation))
+        raise NotImplementedError(explain_forward_mode(operation))
 
 
-def no_forward_mode(operation: str) -> str:
+def explain_forward_mode(operation: str) -> str:
     """Return the sentence for someone who asks ``operation`` for a forward-mode derivative."""
     return (
         f"{operation} has no forward-mode derivative, and would lose the tangent: take fastadvisor_kernels.tangent_loss for "

@@ -18,7 +18,7 @@ class Launch(NamedTuple):
     warps: int = 4
 
     def run(self) -> None:
-        """Launch it on the current stream of the tensors' device; nothing waits for it."""
+        """Launch the kernel on the current stream of the tensors' device, without waiting for it."""
         if 0 not in self.grid:
             device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
             with _current(device):
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 
 def run(launches: list[Launch]) -> None:
-    """Launch them in order."""
+    """Launch all kernels in order."""
     for launch in launches:
         launch.run()
 
@@ -36,7 +36,7 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def widest(*tensors: Tensor | None) -> torch.dtype:
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return the dtype to compute in: float64 where one of them is, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -51,6 +51,6 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def blocks(n: int, size: int) -> int:
+def ceil_div(n: int, size: int) -> int:
     """Return how many blocks of ``size`` hold ``n``."""
     return -(-n // size)

@@ -231,13 +231,13 @@ def test_what_the_sanitizer_looks_at_runs():
 
 def test_the_backend_of_a_block():
     z = torch.zeros(2, 3)
-    assert dispatch.by_triton(z) == z.is_cuda
+    assert dispatch.uses_triton(z) == z.is_cuda
     with backend("triton"):
-        assert dispatch.by_triton(z.to(DEVICE))
+        assert dispatch.uses_triton(z.to(DEVICE))
         with backend("reference"):
-            assert not dispatch.by_triton(z)
-        assert dispatch.by_triton(z.to(DEVICE))
-    assert dispatch.by_triton(z) == z.is_cuda
+            assert not dispatch.uses_triton(z)
+        assert dispatch.uses_triton(z.to(DEVICE))
+    assert dispatch.uses_triton(z) == z.is_cuda
     with pytest.raises(ValueError, match=r"one of auto, reference, triton; got 'cuda'"), backend("cuda"):
         pass
 

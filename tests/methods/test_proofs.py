@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import fastadvisor
 from fastadvisor import losses
-from fastadvisor.config import Config, resolve, select
+from fastadvisor.config import Config, resolve, select_settings
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.loading.batch import Batch
 from fastadvisor.methods import METHODS, DataFacts
@@ -35,9 +35,9 @@ def trainer(**changes):
 
 def test_settings_come_from_the_configuration_by_name_and_are_the_defaults_elsewhere():
     config = resolve(Config, advisor_width=7, advisor_lr=0.5)
-    settings = select(METHODS["mfrw-mes"].Settings, config)
+    settings = select_settings(METHODS["mfrw-mes"].Settings, config)
     assert (settings.advisor_width, settings.beta_draw, settings.advisor_lr) == (7, "class", 0.5)
-    assert select(METHODS["focal"].Settings, object()).focal_gamma == 1.0
+    assert select_settings(METHODS["focal"].Settings, object()).focal_gamma == 1.0
 
 
 def test_focal():

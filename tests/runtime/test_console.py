@@ -17,7 +17,7 @@ def say():
 
 
 def test_progress_goes_to_standard_output_and_notes_to_standard_error(capsys):
-    with console.shown():
+    with console.show_log():
         say()
     assert capsys.readouterr() == ("100 % progress\n", "fastadvisor: a note of 3 % bad images\n")
     assert (console.LOGGER.handlers, console.LOGGER.level, console.LOGGER.propagate) == ([], logging.NOTSET, True)
@@ -25,14 +25,14 @@ def test_progress_goes_to_standard_output_and_notes_to_standard_error(capsys):
 
 def test_without_progress_notes_are_left_and_the_quieter_of_two_blocks_wins(capsys):
     quiet = ("", "fastadvisor: a note of 3 % bad images\n")
-    with console.shown(False):
+    with console.show_log(False):
         say()
         assert capsys.readouterr() == quiet
-        with console.shown():
+        with console.show_log():
             say()
         assert capsys.readouterr() == quiet
-    with console.shown():
-        with console.shown(False):
+    with console.show_log():
+        with console.show_log(False):
             say()
         assert capsys.readouterr() == quiet
         say()
@@ -41,19 +41,19 @@ def test_without_progress_notes_are_left_and_the_quieter_of_two_blocks_wins(caps
 
 def test_ranks_but_the_first_print_nothing(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    with console.shown():
+    with console.show_log():
         say()
     assert capsys.readouterr() == ("", "")
 
 
 def test_handlers_at_the_root_get_what_their_level_lets_through(caplog, capsys):
-    with console.shown():
+    with console.show_log():
         say()
         assert caplog.messages == ["a note of 3 % bad images"]
     caplog.clear()
     caplog.set_level(logging.INFO)
     for progress in (True, False):
-        with console.shown(progress):
+        with console.show_log(progress):
             say()
         assert caplog.messages == ["100 % progress", "a note of 3 % bad images"]
         caplog.clear()
@@ -71,7 +71,7 @@ def test_as_a_library_without_a_run_only_notes_are_printed():
 def test_lines_stand_above_a_progress_bar(capsys):
     from tqdm import tqdm
 
-    with console.shown(), tqdm(total=2, file=sys.stderr) as bar:
+    with console.show_log(), tqdm(total=2, file=sys.stderr) as bar:
         bar.update()
         logger.info("a line")
     out, err = capsys.readouterr()

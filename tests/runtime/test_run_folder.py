@@ -128,17 +128,17 @@ def test_resume_without_something_to_resume(tmp_path, begun, settings):
 
 
 def test_keep_metrics_drops_later_epochs_and_half_a_line(begun):
-    begun.keep_metrics(2)
+    begun.truncate_metrics(2)
     assert [json.loads(line) for line in begun.metrics.read_text().splitlines()] == [{"epoch": 0}, {"epoch": 1}]
     with begun.metrics.open("a") as file:
         file.write('{"epo')
-    begun.keep_metrics(3)
+    begun.truncate_metrics(3)
     begun.append_metrics({"epoch": 2})
     assert [json.loads(line)["epoch"] for line in begun.metrics.read_text().splitlines()] == [0, 1, 2]
 
 
 def test_keep_metrics_without_metrics(tmp_path):
-    RunFolder(tmp_path).keep_metrics(3)
+    RunFolder(tmp_path).truncate_metrics(3)
     assert os.listdir(tmp_path) == []
 
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LinearLR
 from fastadvisor.config import Config, OptimizerConfig
 from fastadvisor.errors import UserError
 from fastadvisor.runtime.environment import optional_parts
-from fastadvisor.runtime.state import load_state
+from fastadvisor.runtime.state import load_optimizer_state
 from fastadvisor.training import optimizers
 from fastadvisor.training.optimizers import build_optimizer, check_optimizer
 from fastadvisor.training.schedule import learning_rate
@@ -241,7 +241,7 @@ def test_a_state_is_loaded_into_the_implementation_that_is_here(before, after):
 
     _, old = stepped(before)
     parameter, optimizer = stepped(after)
-    load_state(optimizer, old.state_dict())
+    load_optimizer_state(optimizer, old.state_dict())
     assert optimizer.param_groups[0]["fused"] == after
     assert float(optimizer.state[parameter]["step"]) == 1
     if after:

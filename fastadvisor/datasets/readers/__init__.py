@@ -20,7 +20,7 @@ from fastadvisor.datasets.readers import (
     webvision,
 )
 from fastadvisor.datasets.types import Source
-from fastadvisor.errors import UserError, nearest
+from fastadvisor.errors import UserError, suggest
 
 READERS: dict[str, Callable[[DataConfig], Source]] = {
     "digits": digits.read,
@@ -50,7 +50,7 @@ def load_source(config: DataConfig) -> Source:
     """
     name = config.dataset
     if name not in READERS:
-        raise UserError(f"No data set {name!r}.{nearest(name, READERS)} Data sets: {', '.join(READERS)}.")
+        raise UserError(f"No data set {name!r}.{suggest(name, READERS)} Data sets: {', '.join(READERS)}.")
     if name == "digits" and config.data_root is not None:
         raise UserError(
             f"digits comes along and reads nothing from --data-root {config.data_root}: "

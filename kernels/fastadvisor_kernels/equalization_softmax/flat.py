@@ -9,7 +9,7 @@ from fastadvisor_kernels.equalization_softmax.reference import Beta, Reduction
 
 
 class FlatBeta(NamedTuple):
-    """β in four parts."""
+    """β as four plain arguments."""
 
     value: float
     """β itself, or the probability to draw 1."""
@@ -19,7 +19,7 @@ class FlatBeta(NamedTuple):
 
     @classmethod
     def of(cls, beta: Beta) -> "FlatBeta":
-        """Take it apart."""
+        """Split ``beta`` into its parts."""
         if isinstance(beta, Bernoulli):
             return cls(beta.probability, None, beta.seed, beta.first_row)
         if isinstance(beta, Tensor):
@@ -27,7 +27,7 @@ class FlatBeta(NamedTuple):
         return cls(1.0 if beta is None else float(beta), None, None)
 
     def beta(self) -> Beta:
-        """Put it together."""
+        """Return the β that :meth:`of` was given."""
         if self.seed is not None:
             return Bernoulli(self.value, self.seed, self.first_row)
         return self.value if self.mask is None else self.mask

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadvisor_kernels.dispatch import by_triton, no_forward_mode, no_tangents
+from fastadvisor_kernels.dispatch import explain_forward_mode, refuse_tangents, uses_triton
 from fastadvisor_kernels.equalization_softmax import reference
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
 from fastadvisor_kernels.equalization_softmax.reference import Beta, Reduction
-from fastadvisor_kernels.launch import run, widest
+from fastadvisor_kernels.launch import compute_dtype, run
 
 NAME = "mes_cross_entropy"
 FLAT = "float beta, Tensor? mask, Tensor? seed, int first_row, str reduction, int ignore_index, float label_smoothing"
@@ -52,7 +52,7 @@ def mes_cross_entropy(
         NotImplementedError: z or v carries a forward-mode tangent, on a GPU.
     """
     _check(z_BC, v_BC, y_B, beta, reduction, label_smoothing)
-    if not by_triton(z_BC):
+    if not uses_triton(z_BC):
         return reference.mes_cross_entropy(
             z_BC, v_BC, y_B, beta, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
         )
@@ -125,9 +125,9 @@ def _loss(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, and for the gradients the log-sum-exp (B,) and the number of samples in a mean (1,), else (0,)."""
-    no_tangents(NAME, z, v)
+    refuse_tangents(NAME, z, v)
     flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
-    if by_triton(z):
+    if uses_triton(z):
         from fastadvisor_kernels.equalization_softmax.plan import plan_loss
 
         plan = plan_loss(z, v, y, flat, options)
@@ -158,9 +158,9 @@ def _gradients(
     of_v: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of z and v, (0,) for one that is not wanted."""
-    no_tangents(f"The gradient of {NAME}", grad, z, v)
+    refuse_tangents(f"The gradient of {NAME}", grad, z, v)
     flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
-    if by_triton(z):
+    if uses_triton(z):
         from fastadvisor_kernels.equalization_softmax.plan import plan_gradients
 
         counted = count if reduction == "mean" else None
@@ -190,9 +190,9 @@ def _loss_and_gradients(
     of_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses (B,) and the gradients of z and v, (0,) for one that is not wanted."""
-    no_tangents(f"{NAME}_with_gradients", z, v, grad)
+    refuse_tangents(f"{NAME}_with_gradients", z, v, grad)
     flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
-    if by_triton(z):
+    if uses_triton(z):
         from fastadvisor_kernels.equalization_softmax.plan import plan_loss_and_gradients
 
         plan = plan_loss_and_gradients(z, v, y, flat, options, grad, of_v=of_v)
@@ -234,7 +234,7 @@ class MESCrossEntropy(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         """Raise: a NotImplementedError."""
-        raise NotImplementedError(no_forward_mode(NAME))
+        raise NotImplementedError(explain_forward_mode(NAME))
 
 
 def _backward(ctx: Any, grad: Tensor | None, call: Any) -> tuple[Any, ...]:
@@ -269,7 +269,7 @@ with_gradients_op = torch.library.custom_op(
 
 @loss_op.register_fake
 def _(z: Tensor, v: Tensor | None, y: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, reduction = widest(z, v), options[4]
+    dtype, reduction = compute_dtype(z, v), options[4]
     loss = z.new_empty(len(z) if reduction == "none" else (), dtype=dtype)
     return loss, z.new_empty(len(z), dtype=dtype), z.new_empty(int(reduction == "mean"), dtype=dtype)
 
@@ -282,7 +282,7 @@ def _(grad: Tensor, z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Te
 
 @with_gradients_op.register_fake
 def _(z: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    loss = z.new_empty(len(z), dtype=widest(z, v))
+    loss = z.new_empty(len(z), dtype=compute_dtype(z, v))
     return loss, z.new_empty(z.shape), z.new_empty(0) if v is None or not rest[-1] else v.new_empty(v.shape)
 
 

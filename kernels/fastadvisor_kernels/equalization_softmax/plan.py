@@ -8,7 +8,7 @@ from torch import Tensor
 from fastadvisor_kernels.arithmetic import ACC
 from fastadvisor_kernels.bernoulli import Bernoulli
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
-from fastadvisor_kernels.equalization_softmax.reference import binary
+from fastadvisor_kernels.equalization_softmax.reference import is_binary
 from fastadvisor_kernels.equalization_softmax.triton import (
     CLASS,
     DRAWN,
@@ -20,7 +20,7 @@ from fastadvisor_kernels.equalization_softmax.triton import (
     loss_kernel,
     reduce_kernel,
 )
-from fastadvisor_kernels.launch import Launch, blocks, fast_math, power_of_two, widest
+from fastadvisor_kernels.launch import Launch, ceil_div, compute_dtype, fast_math, power_of_two
 
 PROGRAMS = 1024
 """Long rows are cut into segments until there are this many programs: about eight for each multiprocessor of an H100. A
@@ -28,7 +28,7 @@ constant, so that the order of summation is the same on every GPU."""
 
 
 class Tile(NamedTuple):
-    """How much a program does."""
+    """The part of a matrix (rows, classes) that one program computes."""
 
     rows: int
     block: int
@@ -49,10 +49,10 @@ def loss_tile(rows: int, classes: int, dtype: torch.dtype) -> Tile:
     block = max(16, power_of_two(classes))
     if block <= largest:
         return Tile(max(1, 1024 // block), block, max(block, 1024) // (32 * each))
-    pieces = blocks(classes, largest)
-    segments = min(pieces, power_of_two(blocks(PROGRAMS, max(rows, 1))))
-    chunks = blocks(pieces, segments)
-    return Tile(1, largest, largest // (32 * each), chunks, blocks(pieces, chunks))
+    pieces = ceil_div(classes, largest)
+    segments = min(pieces, power_of_two(ceil_div(PROGRAMS, max(rows, 1))))
+    chunks = ceil_div(pieces, segments)
+    return Tile(1, largest, largest // (32 * each), chunks, ceil_div(pieces, chunks))
 
 
 def gradient_tile(classes: int, dtype: torch.dtype) -> Tile:
@@ -73,7 +73,7 @@ def beta_arguments(beta: FlatBeta, v: Tensor | None, accumulator: torch.dtype) -
         kind = ROW if beta.mask.shape[1] == 1 else CLASS
         tensor = dense_rows(beta.mask)
         stride = 0 if tensor.shape[0] == 1 else tensor.stride(0)
-    elif not binary(beta.value, accumulator):
+    elif not is_binary(beta.value, accumulator):
         kind = FRACTION
     return {
         "beta_ptr": tensor, "first_row": beta.first_row,
@@ -82,7 +82,7 @@ def beta_arguments(beta: FlatBeta, v: Tensor | None, accumulator: torch.dtype) -
 
 
 def grad_step(grad: Tensor) -> int:
-    """Return how far apart the rows' gradients lie: 0 where one serves all."""
+    """Return the stride between the gradients of the rows: 0 if all rows share one."""
     return 0 if grad.dim() == 0 else grad.stride(0)
 
 
@@ -92,7 +92,7 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 class LossPlan(NamedTuple):
-    """Launches and what they fill."""
+    """The launches of an operation and the outputs that they write."""
 
     launches: list[Launch]
     loss: Tensor
@@ -110,7 +110,7 @@ def plan_loss(z: Tensor, v: Tensor | None, y: Tensor, beta: FlatBeta, options: O
 
     A reduction is one more.
     """
-    (rows, classes), dtype = z.shape, widest(z, v)
+    (rows, classes), dtype = z.shape, compute_dtype(z, v)
     tile = loss_tile(rows, classes, dtype)
     loss, lse = z.new_empty(rows, dtype=dtype), z.new_empty(rows, dtype=dtype)
     launches = _loss_launches(z, v, y, beta, options, tile, loss, lse)
@@ -124,7 +124,7 @@ def plan_loss_and_gradients(
     z: Tensor, v: Tensor | None, y: Tensor, beta: FlatBeta, options: Options, grad: Tensor | None, *, of_v: bool
 ) -> LossPlan:
     """Return the launches for the loss of each row and its gradients times ``grad``: one where a row fits a tile."""
-    (rows, classes), dtype = z.shape, widest(z, v)
+    (rows, classes), dtype = z.shape, compute_dtype(z, v)
     tile = loss_tile(rows, classes, dtype)
     loss, z_grad = z.new_empty(rows, dtype=dtype), z.new_empty(z.shape)
     v_grad = None if v is None or not of_v else v.new_empty(v.shape)
@@ -157,7 +157,7 @@ def reduction_launch(loss: Tensor, y: Tensor, options: Options) -> tuple[Launch,
     total, count = loss.new_empty(()), loss.new_empty(1) if options.reduction == "mean" else None
     arguments = {"loss_ptr": loss, "y_ptr": y.contiguous(), "out_ptr": total, "count_ptr": count, "rows": len(loss)}
     constants = {"IGNORE": options.ignore_index, "MEAN": count is not None, "ACC": ACC[loss.dtype]}
-    sizes = {"BLOCK": 1024, "CHUNKS": blocks(len(loss), 1024)}
+    sizes = {"BLOCK": 1024, "CHUNKS": ceil_div(len(loss), 1024)}
     return Launch(reduce_kernel, (1,), arguments | constants | sizes), total, count
 
 
@@ -178,11 +178,11 @@ def _loss_launches(
         "grad_ptr": None if grad is None else grad.contiguous(), "z_grad_ptr": z_grad, "v_grad_ptr": v_grad,
         "ROWS": tile.rows, "BLOCK": tile.block, "CHUNKS": tile.chunks, "FAST": fast_math(dtype),
     }  # fmt: skip
-    launches = [Launch(loss_kernel, (blocks(rows, tile.rows), tile.segments), shared | own, tile.warps)]
+    launches = [Launch(loss_kernel, (ceil_div(rows, tile.rows), tile.segments), shared | own, tile.warps)]
     if tile.segments > 1:
         block = power_of_two(tile.segments)
         height = max(1, 256 // block)
-        launches.append(Launch(combine_kernel, (blocks(rows, height),), shared | {"ROWS": height, "BLOCK": block}))
+        launches.append(Launch(combine_kernel, (ceil_div(rows, height),), shared | {"ROWS": height, "BLOCK": block}))
     return launches
 
 
@@ -200,4 +200,4 @@ def _gradient_launch(
         "GRAD_STEP": grad_step(grad), "SMOOTHING": options.label_smoothing, "IGNORE": options.ignore_index,
         "ACC": ACC[lse.dtype], "FAST": fast_math(lse.dtype), "ROWS": tile.rows, "BLOCK": tile.block,
     }  # fmt: skip
-    return Launch(gradient_kernel, (blocks(rows, tile.rows), blocks(classes, tile.block)), arguments, tile.warps)
+    return Launch(gradient_kernel, (ceil_div(rows, tile.rows), ceil_div(classes, tile.block)), arguments, tile.warps)

@@ -12,7 +12,7 @@ Beta = None | float | Tensor | Bernoulli
 Reduction = Literal["none", "mean", "sum"]
 
 
-def binary(beta: Beta, dtype: torch.dtype) -> bool:
+def is_binary(beta: Beta, dtype: torch.dtype) -> bool:
     """Return whether β is 0 or 1 everywhere; a float that is as good as 1 counts: log1p(−β σ(v)) would be −inf for large v.
 
     Raises:
@@ -43,7 +43,7 @@ def log_weights(v_BC: Tensor, y_B: Tensor, beta: Beta = None) -> Tensor:
         ValueError: a float ``beta`` outside [0, 1], or a tensor of another shape.
     """
     check_beta(beta, v_BC)
-    if not binary(beta, v_BC.dtype):
+    if not is_binary(beta, v_BC.dtype):
         a_BC = torch.log1p(-beta * torch.sigmoid(v_BC))  # type: ignore[operator]
     elif isinstance(beta, Tensor | Bernoulli):
         a_BC = torch.where(_mask(beta, v_BC), -softplus(v_BC), 0.0)
@@ -55,7 +55,7 @@ def log_weights(v_BC: Tensor, y_B: Tensor, beta: Beta = None) -> Tensor:
 def log_weight_slopes(v_BC: Tensor, y_B: Tensor, beta: Beta = None) -> Tensor:
     """Return ∂a_k/∂v_k of :func:`log_weights` (B, C): −β σ(v), for a fractional β −β σ(v) σ(−v) / (1 − β σ(v)), and 0 at y."""
     s_BC = torch.sigmoid(v_BC)
-    if not binary(beta, v_BC.dtype):
+    if not is_binary(beta, v_BC.dtype):
         slope_BC = -beta * s_BC * torch.sigmoid(-v_BC) / (1 - beta * s_BC)  # type: ignore[operator]
     elif isinstance(beta, Tensor | Bernoulli):
         slope_BC = torch.where(_mask(beta, v_BC), -s_BC, 0.0)
@@ -141,7 +141,7 @@ def weighted_logits(z_BC: Tensor, v_BC: Tensor | None, y_B: Tensor, beta: Beta) 
 
 
 def split_ignored(y_B: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return which samples count, and int64 targets that are all classes."""
+    """Return which samples count (B,) bool, and the targets (B,) int64, with 0 for those that are ignored."""
     counted_B = y_B != ignore_index
     return counted_B, torch.where(counted_B, y_B, 0).long()
 
@@ -172,7 +172,7 @@ def grad_of_each(grad: Tensor, counted_B: Tensor, reduction: Reduction) -> Tenso
 
 
 def check_options(reduction: str, label_smoothing: float) -> None:
-    """Raise a ValueError unless the keywords are within what they can be."""
+    """Raise a ValueError for an unknown ``reduction`` or a ``label_smoothing`` outside [0, 1]."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be none, mean or sum, got {reduction!r}.")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -187,10 +187,10 @@ def check_inputs(z_BC: Tensor, v_BC: Tensor | None, y_B: Tensor) -> None:
 
 
 def check_beta(beta: Beta, v_BC: Tensor) -> None:
-    """Raise a ValueError unless ``beta`` suits (B, C)."""
+    """Raise a ValueError for a ``beta`` whose shape does not fit v (B, C), or a float outside [0, 1]."""
     if isinstance(beta, Tensor) and beta.shape not in ((1, 1), (len(v_BC), 1), v_BC.shape):
         raise ValueError(f"beta must be (1, 1), (B, 1) or (B, C) for (B, C) = {tuple(v_BC.shape)}, got {tuple(beta.shape)}.")
-    binary(beta, v_BC.dtype)
+    is_binary(beta, v_BC.dtype)
 
 
 def _mask(beta: Tensor | Bernoulli, v_BC: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadvisor_kernels.dispatch import by_triton, no_forward_mode, no_tangents
+from fastadvisor_kernels.dispatch import explain_forward_mode, refuse_tangents, uses_triton
 from fastadvisor_kernels.feature_reweighting import reference
-from fastadvisor_kernels.launch import widest
+from fastadvisor_kernels.launch import compute_dtype
 
 NAME = "reweight_features"
 
@@ -32,10 +32,10 @@ def reweight_features(f_BD: Tensor, u_BD: Tensor, *, inplace: bool = False) -> T
         NotImplementedError: f or u carries a forward-mode tangent, on a GPU or in place.
     """
     reference.check_shapes(f_BD, u_BD)
-    if not by_triton(f_BD) and not inplace:
+    if not uses_triton(f_BD) and not inplace:
         return reference.reweight_features(f_BD, u_BD)
     if torch.compiler.is_compiling():  # a compiler finds out by itself what can be overwritten
-        h_BD = reweight_op(f_BD, None, u_BD)[0] if by_triton(f_BD) else reference.reweight_features(f_BD, u_BD)
+        h_BD = reweight_op(f_BD, None, u_BD)[0] if uses_triton(f_BD) else reference.reweight_features(f_BD, u_BD)
         return f_BD.copy_(h_BD) if inplace else h_BD
     if inplace and f_BD.is_leaf and f_BD.requires_grad and torch.is_grad_enabled():
         raise ValueError("inplace=True would write over a leaf that requires a gradient: leave it off for this tensor.")
@@ -60,7 +60,7 @@ def reweight_dual(f_BD: Tensor, f_dot_BD: Tensor, u_BD: Tensor) -> tuple[Tensor,
         NotImplementedError: one carries a forward-mode tangent, on a GPU.
     """
     reference.check_shapes(f_BD, f_dot_BD, u_BD)
-    if not by_triton(f_BD):
+    if not uses_triton(f_BD):
         return reference.reweight_dual(f_BD, f_dot_BD, u_BD)
     if torch.compiler.is_compiling():
         return reweight_op(f_BD, f_dot_BD, u_BD)
@@ -70,8 +70,8 @@ def reweight_dual(f_BD: Tensor, f_dot_BD: Tensor, u_BD: Tensor) -> tuple[Tensor,
 
 def _reweight(f: Tensor, f_dot: Tensor | None, u: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """Return h, and ḣ, (0,) without ḟ."""
-    no_tangents(NAME, f, f_dot, u)
-    if by_triton(f):
+    refuse_tangents(NAME, f, f_dot, u)
+    if uses_triton(f):
         from fastadvisor_kernels.feature_reweighting.plan import plan_reweight
 
         launch, h, h_dot = plan_reweight(f, f_dot, u, inplace=inplace)
@@ -98,9 +98,9 @@ def _gradients(
     masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of f, ḟ and u, (0,) for one that is not wanted."""
-    no_tangents(f"The gradient of {NAME}", grad, grad_dot, f, f_dot, u)
+    refuse_tangents(f"The gradient of {NAME}", grad, grad_dot, f, f_dot, u)
     above_dot = None if f_dot is None else grad_dot
-    if by_triton(f):
+    if uses_triton(f):
         from fastadvisor_kernels.feature_reweighting.plan import Wanted, plan_reweight_gradients
 
         launch, *found = plan_reweight_gradients(grad, above_dot, f, f_dot, u, Wanted(of_f, of_f_dot, of_u), masked=masked)
@@ -147,7 +147,7 @@ class Reweight(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         """Raise: a NotImplementedError."""
-        raise NotImplementedError(no_forward_mode(NAME))
+        raise NotImplementedError(explain_forward_mode(NAME))
 
 
 class ReweightDual(torch.autograd.Function):
@@ -174,7 +174,7 @@ class ReweightDual(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         """Raise: a NotImplementedError."""
-        raise NotImplementedError(no_forward_mode("reweight_dual"))
+        raise NotImplementedError(explain_forward_mode("reweight_dual"))
 
 
 def _backward(ctx: Any, grad: Tensor, grad_dot: Tensor, call: Any) -> tuple[Any, ...]:
@@ -199,7 +199,7 @@ gradients_op = torch.library.custom_op(
 def _(f: Tensor, f_dot: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
     if f_dot is None:
         return f.new_empty(f.shape), f.new_empty(0)
-    dtype = widest(f, f_dot, u)
+    dtype = compute_dtype(f, f_dot, u)
     return f.new_empty(f.shape, dtype=dtype), f.new_empty(f.shape, dtype=dtype)
 
 

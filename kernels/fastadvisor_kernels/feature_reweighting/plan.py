@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastadvisor_kernels.arithmetic import ACC
 from fastadvisor_kernels.feature_reweighting.triton import reweight_gradient_kernel, reweight_kernel
-from fastadvisor_kernels.launch import Launch, blocks, fast_math, widest
+from fastadvisor_kernels.launch import Launch, ceil_div, compute_dtype, fast_math
 
 
 class Rows(NamedTuple):
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
 def plan_reweight(f: Tensor, f_dot: Tensor | None, u: Tensor, *, inplace: bool) -> tuple[Launch, Tensor, Tensor | None]:
     """Return the launch, h, and ḣ where ḟ is given; ``inplace``: h is f."""
-    dtype = widest(f, f_dot, u)
+    dtype = compute_dtype(f, f_dot, u)
     features, features_dot, outputs = Rows.of(f), Rows.of(f_dot), Rows.of(u)
     h = features.tensor if inplace else f.new_empty(f.shape, dtype=f.dtype if f_dot is None else dtype)
     assert h is not None
@@ -53,7 +53,7 @@ def plan_reweight_gradients(
     grad: Tensor, grad_dot: Tensor | None, f: Tensor, f_dot: Tensor | None, u: Tensor, wanted: Wanted, *, masked: bool
 ) -> tuple[Launch, Tensor | None, Tensor | None, Tensor | None]:
     """Return the launch and the gradients of f, ḟ and u; ``masked``: ``f`` is the h that has overwritten it."""
-    dtype = widest(f, f_dot, u)
+    dtype = compute_dtype(f, f_dot, u)
     f_grad = f.new_empty(f.shape) if wanted.f else None
     f_dot_grad = f_dot.new_empty(f.shape) if f_dot is not None and wanted.f_dot else None
     u_grad = u.new_empty(f.shape) if wanted.u else None
@@ -73,7 +73,7 @@ def _launch(kernel: Any, arguments: dict[str, Any]) -> Launch:
     size = 1024 if flat else 512
     # Whether the elements' numbers take 64 bits; few do, and to divide them takes long.
     sizes = {"BLOCK": size, "WIDE": count + size >= 2**31}
-    return Launch(kernel, (blocks(count, size),), arguments | sizes)
+    return Launch(kernel, (ceil_div(count, size),), arguments | sizes)
 
 
 def width(f: Tensor) -> int:

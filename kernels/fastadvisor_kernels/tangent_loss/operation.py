@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadvisor_kernels.dispatch import by_triton, no_forward_mode, no_tangents
+from fastadvisor_kernels.dispatch import explain_forward_mode, refuse_tangents, uses_triton
 from fastadvisor_kernels.equalization_softmax.flat import FlatBeta, Options
 from fastadvisor_kernels.equalization_softmax.operation import FLAT
 from fastadvisor_kernels.equalization_softmax.reference import (
@@ -17,7 +17,7 @@ from fastadvisor_kernels.equalization_softmax.reference import (
     split_ignored,
     weighted_logits,
 )
-from fastadvisor_kernels.launch import run, widest
+from fastadvisor_kernels.launch import compute_dtype, run
 from fastadvisor_kernels.tangent_loss import reference
 
 NAME = "tangent_loss"
@@ -63,7 +63,7 @@ def tangent_loss(
     check_options(reduction, label_smoothing)
     if v_BC is not None:
         check_beta(beta, v_BC)
-    if not by_triton(z_BC):
+    if not uses_triton(z_BC):
         return reference.tangent_loss(
             z_BC, z_dot_BC, v_BC, y_B, beta, v_dot_BC,
             reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
@@ -87,9 +87,9 @@ def _tangent(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return L̇, and for the gradients log-sum-exp and mean of ż + ȧ (B,), and the samples in a reduction to the mean (1,)."""
-    no_tangents(NAME, z, z_dot, v, v_dot)
+    refuse_tangents(NAME, z, z_dot, v, v_dot)
     flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
-    if by_triton(z):
+    if uses_triton(z):
         from fastadvisor_kernels.tangent_loss.plan import Inputs, plan_tangent
 
         plan = plan_tangent(Inputs(z, z_dot, v, v_dot), y, flat, options)
@@ -124,10 +124,10 @@ def _gradients(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of z, ż, v and v̇, (0,) for one that is not wanted."""
-    no_tangents(f"The gradient of {NAME}", grad, z, z_dot, v, v_dot)
+    refuse_tangents(f"The gradient of {NAME}", grad, z, z_dot, v, v_dot)
     flat, options = FlatBeta(beta, mask, seed, first_row), Options(reduction, ignore_index, label_smoothing)
     found: list[Tensor | None]
-    if by_triton(z):
+    if uses_triton(z):
         from fastadvisor_kernels.tangent_loss.plan import Inputs, Kept, plan_tangent_gradients
 
         kept = Kept(grad, lse, mean, count if reduction == "mean" else None)
@@ -174,7 +174,7 @@ class TangentLoss(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         """Raise: a NotImplementedError."""
-        raise NotImplementedError(no_forward_mode(NAME))
+        raise NotImplementedError(explain_forward_mode(NAME))
 
 
 def _backward(ctx: Any, grad: Tensor | None, call: Any) -> tuple[Any, ...]:
@@ -203,7 +203,7 @@ gradients_op = torch.library.custom_op(
 
 @tangent_op.register_fake
 def _(z: Tensor, z_dot: Tensor, v: Tensor | None, v_dot: Tensor | None, y: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    dtype, reduction = widest(z, z_dot, v, v_dot), flat[4]
+    dtype, reduction = compute_dtype(z, z_dot, v, v_dot), flat[4]
     lse, mean = z.new_empty(len(z), dtype=dtype), z.new_empty(len(z), dtype=dtype)
     loss = z.new_empty(len(z) if reduction == "none" else (), dtype=dtype)
     return loss, lse, mean, z.new_empty(int(reduction == "mean"), dtype=dtype)

@@ -14,12 +14,12 @@ from fastadvisor_kernels.equalization_softmax.plan import (
     loss_tile,
     reduction_launch,
 )
-from fastadvisor_kernels.launch import Launch, blocks, fast_math, power_of_two, widest
+from fastadvisor_kernels.launch import Launch, ceil_div, compute_dtype, fast_math, power_of_two
 from fastadvisor_kernels.tangent_loss.triton import combine_tangent_kernel, tangent_gradient_kernel, tangent_kernel
 
 
 class Inputs(NamedTuple):
-    """What the loss and its direction are given by, each (B, C)."""
+    """Logits and advice with their tangents, each (B, C)."""
 
     z: Tensor
     z_dot: Tensor
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 
 
 class TangentPlan(NamedTuple):
-    """Launches and what they fill."""
+    """The launches of an operation and the outputs that they write."""
 
     launches: list[Launch]
     loss: Tensor
@@ -54,7 +54,7 @@ def plan_tangent(inputs: Inputs, y: Tensor, beta: FlatBeta, options: Options) ->
 
     A reduction is one more.
     """
-    (rows, classes), dtype = inputs.z.shape, widest(*inputs)
+    (rows, classes), dtype = inputs.z.shape, compute_dtype(*inputs)
     tile = loss_tile(rows, classes, dtype)
     loss, lse, mean = (inputs.z.new_empty(rows, dtype=dtype) for _ in range(3))
     part = inputs.z.new_empty((rows, tile.segments, 4), dtype=dtype) if tile.segments > 1 else None
@@ -66,11 +66,11 @@ def plan_tangent(inputs: Inputs, y: Tensor, beta: FlatBeta, options: Options) ->
     }  # fmt: skip
     own = {"FAST": fast_math(dtype), "ROWS": tile.rows, "BLOCK": tile.block, "CHUNKS": tile.chunks}
     arguments = given | beta_arguments(beta, inputs.v, dtype) | shared | own
-    launches = [Launch(tangent_kernel, (blocks(rows, tile.rows), tile.segments), arguments, tile.warps)]
+    launches = [Launch(tangent_kernel, (ceil_div(rows, tile.rows), tile.segments), arguments, tile.warps)]
     if tile.segments > 1:
         block = power_of_two(tile.segments)
         height = max(1, 256 // block)
-        launches.append(Launch(combine_tangent_kernel, (blocks(rows, height),), shared | {"ROWS": height, "BLOCK": block}))
+        launches.append(Launch(combine_tangent_kernel, (ceil_div(rows, height),), shared | {"ROWS": height, "BLOCK": block}))
     if options.reduction == "none":
         return TangentPlan(launches, loss, lse, mean, None)
     launch, total, count = reduction_launch(loss, y, options)
@@ -78,7 +78,7 @@ def plan_tangent(inputs: Inputs, y: Tensor, beta: FlatBeta, options: Options) ->
 
 
 class Kept(NamedTuple):
-    """What the gradients need beside the inputs."""
+    """What the forward pass saves for the gradients, beside the inputs."""
 
     grad: Tensor
     lse: Tensor
@@ -103,5 +103,5 @@ def plan_tangent_gradients(
         "rows": rows, "C": classes, "GRAD_STEP": grad_step(kept.grad), "SMOOTHING": options.label_smoothing,
         "IGNORE": options.ignore_index, "ACC": ACC[dtype], "FAST": fast_math(dtype), "ROWS": tile.rows, "BLOCK": tile.block,
     }  # fmt: skip
-    grid = (blocks(rows, tile.rows), blocks(classes, tile.block))
+    grid = (ceil_div(rows, tile.rows), ceil_div(classes, tile.block))
     return Launch(tangent_gradient_kernel, grid, arguments, tile.warps), gradients

@@ -6,9 +6,9 @@ from torch import Tensor
 from fastadvisor_kernels.equalization_softmax.reference import (
     Beta,
     Reduction,
-    binary,
     check_inputs,
     grad_of_each,
+    is_binary,
     log_weight_slopes,
     log_weights,
     reduce,
@@ -90,7 +90,7 @@ def gradients(
             # a_k is a function of v_k alone: its second derivative is that of the slope.
             s_BC = torch.sigmoid(v)
             curvature_BC = slope_BC * torch.sigmoid(-v)
-            if not binary(beta, v.dtype):
+            if not is_binary(beta, v.dtype):
                 curvature_BC = curvature_BC - slope_BC * (s_BC + slope_BC)
             v_grad_BC = v_grad_BC + grad_B1 * p_BC * curvature_BC * v_dot_BC
         v_grad = v_grad_BC.to(v_BC.dtype)
