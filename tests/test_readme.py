@@ -4,10 +4,12 @@ import re
 import shlex
 import shutil
 import subprocess
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastadvisor import cli
@@ -102,11 +104,13 @@ def test_the_kernels_readme_runs():
 def test_the_python_blocks_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     blocks = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     command = "train --dataset imagefolder --data-root photos --batch-size 8 --epochs 1 --output runs/photos --no-progress"
     assert cli.main(command.split()) == 0
+    batches = [(torch.randn(4, 3, 64, 64), torch.randint(3, (4,))) for _ in range(2)]
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        loaders = {"train_loader": batches, "meta_batches": cycle(batches)}  # the reader's own
+        exec(compile(block, "README.md", "exec"), loaders)
     out = capsys.readouterr().out
     assert "mean_last5" in out
     assert "epoch" not in out.split("mean_last5")[0]  # progress=False
