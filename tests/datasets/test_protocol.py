@@ -1,5 +1,6 @@
 """The order of the stages, their independence, and every refusal."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from fastadvisor.config import DataConfig
-from fastadvisor.datasets import ArrayImages, FileImages, Source, Split, prepare
+from fastadvisor.datasets import ArrayImages, FileImages, Source, Split, corruption, prepare, protocol
 from fastadvisor.datasets.paths import PathTable
 from fastadvisor.datasets.readers import cifar
 from fastadvisor.errors import UserError
@@ -118,6 +119,57 @@ def test_tail_by_the_true_label_then_noise_or_the_other_way_round():
     assert all(count <= want for count, want in zip(given, wanted, strict=True))
     assert given[2:] == wanted[2:]  # class 2's own 70 % are enough for its share of the tail
     assert before.true_class_counts().tolist() != given
+
+
+def test_the_profile_of_the_tail_is_of_the_true_labels_whatever_the_noise():
+    """After the noise hardly anything is called class 0, which cannot fill its place: the others keep theirs."""
+    common = {"imbalance_factor": 10, "noise": "flip", "noise_rate": 0.9, "noise_before_imbalance": True}
+    data = prepare(balanced(classes=4, per_class=500), DataConfig(**common, flip_map=(1, 2, 3, 3)), 0)
+    given = torch.bincount(data.labels[data.train_ids], minlength=4).tolist()
+    assert given[0] < 100
+    assert given[1:] == [227, 105, 49]
+
+
+def test_the_noise_has_a_stream_of_its_own():
+    source = balanced()
+    config = DataConfig(imbalance_factor=10, noise="flip", noise_rate=0.4)
+    data = prepare(source, config, 3)
+    targets = corruption.noise_targets("flip", source.classes)
+    noisy = corruption.corrupt(source.train.labels.numpy(), targets, 0.4, np.random.default_rng([3, protocol.NOISE]))
+    np.testing.assert_array_equal(data.labels[data.train_ids], noisy[data.train_ids])
+    assert len({protocol.META, protocol.TAIL, protocol.NOISE}) == 3
+
+
+def test_twins_among_files_lead_to_the_meta_set_of_the_same_images_in_memory(tmp_path):
+    """Of files the twins are found after a first draw, of arrays before it: the second draw begins where the first did."""
+    source = balanced(classes=3, per_class=12)
+    pixels = source.train.images.pixels
+    pixels[:18] = pixels[18:].clone()  # classes go round by threes: each image of the first half has a twin in its class
+    pixels[24:36] = numbered(5000, 12)
+    files = {}
+    for part, images in (("train", pixels), ("test", source.test.images.pixels)):
+        (tmp_path / part).mkdir()
+        for number, image in enumerate(images):
+            (tmp_path / part / f"{number:02}.png").write_bytes(image.numpy().tobytes())
+        files[part] = FileImages(str(tmp_path / part), PathTable.of(f"{n:02}.png" for n in range(len(images))))
+    on_disk = dataclasses.replace(
+        source, train=Split(files["train"], source.train.labels), test=Split(files["test"], source.test.labels)
+    )
+    found = [prepare(kind, DataConfig(meta_per_class=3), 1) for kind in (source, on_disk)]
+    assert same(*found)
+
+
+def test_a_meta_set_is_drawn_from_the_data_sets_own():
+    labels = torch.arange(3).repeat_interleave(8)
+    drawn = []
+    for seed in (0, 0, 1):
+        source = balanced(classes=3, meta=split(numbered(2_000_000, 24), labels), meta_drawn=True)
+        data = prepare(source, DataConfig(meta_per_class=2), seed)
+        assert data.meta_ids.tolist() == list(range(180, 186))
+        rows = [int(torch.nonzero((source.meta.images.pixels == p).flatten(1).all(1))) for p in data.images.pixels[180:]]
+        assert data.labels[data.meta_ids].tolist() == labels[rows].tolist() == [0, 0, 1, 1, 2, 2]
+        drawn.append(rows)
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_no_meta_image_has_a_twin_in_training():

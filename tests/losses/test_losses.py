@@ -78,6 +78,14 @@ def test_balanced_softmax_is_logit_adjustment_at_1_and_equal_counts_change_nothi
     torch.testing.assert_close(adjusted, z)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.5, 2.0])
+def test_logit_adjustment_by_tau_in_training_and_after_it(tau):
+    z, log = logits(), (COUNTS.clamp_min(1) / COUNTS.clamp_min(1).sum()).double().log()
+    expected = cross_entropy(z + tau * log, Y, reduction="none")
+    torch.testing.assert_close(losses.logit_adjustment(z, Y, COUNTS, tau), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses.post_hoc(z, COUNTS, tau), z - tau * log, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
 def test_lamberts_function(dtype, tolerance):
     x = torch.cat([torch.linspace(-1 / math.e + 1e-3, 1, 500), torch.logspace(0, 4, 200)]).to(dtype)
@@ -100,6 +108,9 @@ def test_superloss():
     torch.testing.assert_close(loss.grad, sigma)  # the confidence is a constant
     assert (loss.grad.diff() < 0).all()
     assert losses.superloss(torch.tensor([-100.0]), tau, lam).isfinite()
+    half = loss.detach().bfloat16()
+    assert losses.superloss(half, tau, lam).dtype == torch.float32
+    torch.testing.assert_close(losses.superloss(half, tau, lam), losses.superloss(half.float(), tau, lam))
 
 
 def test_ldam_takes_the_margin_off_the_label():
@@ -120,3 +131,13 @@ def test_early_learning():
     moved = losses.updated_targets(TARGETS, z, 0.9)
     torch.testing.assert_close(moved, 0.9 * TARGETS + 0.1 * p, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(moved.sum(1), torch.ones(B, dtype=torch.float64))
+    # Of sure predictions the clamped probabilities add up to more than 1.
+    moved = losses.updated_targets(TARGETS, logits(100.0), 0.9)
+    torch.testing.assert_close(moved.sum(1), torch.ones(B, dtype=torch.float64))
+
+
+def test_the_targets_of_early_learning_are_constants():
+    z, targets = logits().requires_grad_(), TARGETS.clone().requires_grad_()
+    losses.early_learning(z, Y, targets).sum().backward()
+    assert z.grad.any()
+    assert targets.grad is None

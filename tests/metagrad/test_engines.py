@@ -217,6 +217,17 @@ def test_the_shared_forward_updates_running_statistics_once():
     assert [int(module.num_batches_tracked) for module in tracked] == [1] * len(tracked)
 
 
+@pytest.mark.parametrize("method", ["mfrw-mes", "l2rw"])
+def test_a_graph_computed_again_leaves_running_statistics_alone(method):
+    task, engine = problem(method), ForwardEngine(plain)
+    posed = task.posed(engine, lean=True)
+    buffers = [buffer.clone() for buffer in task.model.buffers()]
+    engine.meta_gradient(posed, engine.virtual_train(posed), task.meta)
+    assert posed.shared.renewals == 1
+    for buffer, untouched in zip(task.model.buffers(), buffers, strict=True):
+        assert torch.equal(buffer, untouched)
+
+
 def test_no_operation_of_the_kernels_package_sees_a_dual_number(monkeypatch):
     def guarded(operation):
         def call(*tensors):

@@ -118,6 +118,17 @@ def test_a_difference_along_nothing_is_nothing():
     assert all(torch.equal(part, torch.zeros_like(part)) for part in engine.to_advisor(posed, zeros))
 
 
+def test_the_length_of_a_difference_is_the_backbones_alone():
+    """However long the direction is in the head, which the features do not depend on."""
+    task = problem()
+    engine = ForwardEngine(plain, tangent="difference")
+    posed = task.posed(engine)
+    _, gradient = engine.gradient_at(task.model, engine.virtual_train(posed), task.meta)
+    longer = gradient | {name: 1e6 * gradient[name] for name in task.model.head_parameters().values()}
+    tangents = [engine._difference(task.model, posed.shared, direction) for direction in (gradient, longer)]
+    assert torch.equal(*tangents)
+
+
 def test_nothing_below_the_lowest_active_layer_is_touched(monkeypatch):
     task = problem()
     engine = layerwise(task, 1)
@@ -245,3 +256,33 @@ def test_the_samplers_see_gradients_in_common_units():
     scaled = [p.grad.mul_(1e-6) for p in task.model.parameters()]
     assert scaled
     torch.testing.assert_close(engine._training_gradients()[0], rows)
+    lengths = rows.norm(dim=1)
+    for name in engine.layers[1].modules:
+        for p in task.model.model.get_submodule(name).parameters():
+            p.grad.mul_(7)
+    changed = engine._training_gradients()[0].norm(dim=1) / lengths
+    torch.testing.assert_close(changed / changed[0], torch.tensor([1, 7, 1, 1]).double())
+
+
+def test_samplers_step_once_by_what_a_meta_step_has_left():
+    learned = LearnedLayers(GradientSamplers(4), 2)
+    learned.choose(torch.randn(4, POOLED))
+    learned.differentiate(torch.ones(4))
+    before = flat(learned.samplers.parameters()).detach().clone()
+    learned.learn(plain)
+    after = flat(learned.samplers.parameters()).detach().clone()
+    assert not torch.equal(after, before)
+    learned.learn(plain)  # an iteration without a meta step: the gradients are the last one's
+    assert torch.equal(flat(learned.samplers.parameters()), after)
+
+
+def test_a_state_does_not_move_with_the_run():
+    task = problem()
+    engine = layerwise(task, learned=True)
+    task.model(task.train.images).square().sum().backward()
+    state = engine.state_dict()
+    kept = {name: state[name].clone() for name in ("pooled_gradients", "head_gradient")}
+    for p in task.model.parameters():
+        p.grad.add_(1)
+    for name, value in kept.items():
+        assert torch.equal(state[name], value)

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastadvisor.metagrad import ForwardEngine, ReferenceEngine
-from fastadvisor.metagrad.tangent import Recording, Tangents, Tape, _statistics, product
+from fastadvisor.metagrad.tangent import Recording, Tangents, Tape, _statistics, product, weight_norm
 from fastadvisor.models import cut_at
 from tests.metagrad.problem import CLASSES, NETWORKS, SIZE, flat, plain, problem, relative
 
@@ -58,6 +58,13 @@ def test_convolution_equals_dual_numbers(settings, constant):
     assert (got.tangent is None) == (expected.tangent is None) == (constant == "all")
     if got.tangent is not None:
         torch.testing.assert_close(got.tangent, expected.tangent, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1, 3])
+def test_weight_norm_is_torchs(dim):
+    v = torch.randn(6, 4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g = 1 + torch.norm_except_dim(v, 2, dim)
+    torch.testing.assert_close(weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fastadvisor.metagrad import ForwardEngine, MetaGradient, ValidatedEngine
+from fastadvisor.metagrad.validated import Check
 from fastadvisor.models import cut_at
 from tests.metagrad.problem import SIZE, flat, plain, problem, relative
 
@@ -88,6 +91,17 @@ def test_a_gradient_of_zero_has_no_direction_and_two_of_them_agree():
     assert [check.cosine for check in engine.checks] == [1, 0, 0]
 
 
+def test_ranks_decide_by_their_common_numbers():
+    """This rank's gradients are opposite; on the mean of all ranks they have a cosine of 0.9."""
+    common = SimpleNamespace(average=lambda tensors: [torch.tensor([2.0, 4.0, 7.2]) for _ in tensors])
+    engine, said = validated(ranks=common)
+    one, opposite = (MetaGradient(torch.tensor(0.0), (value * torch.ones(3),)) for value in (1, -1))
+    engine._judge(opposite, one)
+    assert engine.checks[0] == pytest.approx((0.9, 0.5))
+    assert not engine.falling_back
+    assert not said
+
+
 @pytest.mark.parametrize("network", ["batchnorm", "dropout"])
 def test_a_check_changes_nothing_else(network):
     """With a floor that is never reached, gradient, statistics and random stream are those of the approximation alone."""
@@ -114,6 +128,8 @@ def test_collect_empties_and_state_survives():
     problem().gradient(engine)
     assert engine.collect()["meta_cosine"] == pytest.approx(-1)
     assert engine.collect() == {}
+    engine.checks = [Check(0.2, 1.0), Check(0.8, 3.0), Check(0.5, 2.0)]
+    assert engine.collect() == pytest.approx({"meta_cosine": 0.5, "meta_cosine_min": 0.2, "meta_norm_ratio": 2.0})
     other, said = validated()
     other.load_state_dict(engine.state_dict())
     assert (other.meta_steps, other.falling_back, other.warned) == (1, True, True)

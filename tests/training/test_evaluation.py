@@ -1,10 +1,12 @@
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from fastadvisor.datasets import ArrayImages, Split, TrainingData
+from fastadvisor.errors import UserError
 from fastadvisor.loading.backends.resident import ResidentEvaluation
 from fastadvisor.training.evaluation import accuracy, many_medium_few
 
@@ -111,6 +113,23 @@ def test_the_precision_context_is_entered_for_every_batch():
     labels, data = torch.arange(3), training_data(3, [1, 1, 1])
     accuracy(Table(torch.eye(3)), ResidentEvaluation(images, labels, 2, MEAN, STD), data, precision=precision)
     assert len(inside) == 2
+
+
+def test_all_ranks_get_the_accuracy_on_all_images():
+    """The other rank has seven images of class 0, of which it has six right (and one among five), and two of class 2."""
+    others = torch.tensor([[7, 0, 2], [6, 0, 0], [7, 0, 1]])
+    images = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 4, 3)
+    test = ResidentEvaluation(images, torch.tensor([0, 1, 1]), 2, MEAN, STD)
+    ranks = SimpleNamespace(total=lambda counts: counts + others)
+    got = accuracy(Table(torch.eye(3)), test, training_data(3, [1, 1, 1]), precision=exact, ranks=ranks)
+    assert got.top1 == pytest.approx(100 * (2 + 6) / 12)
+    assert got.top5 == pytest.approx(100 * (3 + 8) / 12)
+    assert got.per_class_top1 == pytest.approx([100 * 7 / 8, 50, 0])
+
+
+def test_no_readable_image_at_all_is_an_error():
+    with pytest.raises(UserError, match="None of the images to test on can be read"):
+        accuracy(Table(torch.eye(3)), [], training_data(3, [1, 1, 1]), precision=exact)
 
 
 def test_half_precision_logits():
