@@ -223,7 +223,7 @@ def test_a_graph_computed_again_leaves_running_statistics_alone(method):
     posed = task.posed(engine, lean=True)
     buffers = [buffer.clone() for buffer in task.model.buffers()]
     engine.meta_gradient(posed, engine.virtual_train(posed), task.meta)
-    assert posed.shared.renewals == 1
+    assert posed.shared.restorations == 1
     for buffer, untouched in zip(task.model.buffers(), buffers, strict=True):
         assert torch.equal(buffer, untouched)
 
