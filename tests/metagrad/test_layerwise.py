@@ -125,7 +125,7 @@ def test_the_length_of_a_difference_is_the_backbones_alone():
     posed = task.posed(engine)
     _, gradient = engine.differentiate_meta_loss(task.model, engine.virtual_train(posed), task.meta)
     longer = gradient | {name: 1e6 * gradient[name] for name in task.model.head_parameters().values()}
-    tangents = [engine._difference(task.model, posed.shared, direction) for direction in (gradient, longer)]
+    tangents = [engine._difference_tangent(task.model, posed.shared, direction) for direction in (gradient, longer)]
     assert torch.equal(*tangents)
 
 

@@ -96,7 +96,7 @@ def test_ranks_decide_by_their_common_numbers():
     common = SimpleNamespace(average=lambda tensors: [torch.tensor([2.0, 4.0, 7.2]) for _ in tensors])
     engine, said = validated(ranks=common)
     one, opposite = (MetaGradient(torch.tensor(0.0), (value * torch.ones(3),)) for value in (1, -1))
-    engine._judge(opposite, one)
+    engine._compare(opposite, one)
     assert engine.checks[0] == pytest.approx((0.9, 0.5))
     assert not engine.falling_back
     assert not said
