@@ -31,8 +31,8 @@ def test_a_measurement_has_every_loader_and_says_where_it_is_from(tmp_path, caps
 
 @pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
 def test_a_loader_with_other_pixels_is_not_timed(monkeypatch, capsys):
-    sample = dataloader.Batches._sample
-    monkeypatch.setattr(dataloader.Batches, "_sample", lambda self, *args: sample(self, *args).flip(-1))
+    sample = dataloader.Batches._make_sample
+    monkeypatch.setattr(dataloader.Batches, "_make_sample", lambda self, *args: sample(self, *args).flip(-1))
     with pytest.raises(SystemExit, match="check is red"):
         loaders.main(SMALL)
     out = capsys.readouterr().out
