@@ -1,5 +1,6 @@
 """The loaders against each other: the same ids, labels and pixels, epochs, resumption, and files that cannot be read."""
 
+import gc
 import os
 
 import numpy as np
@@ -499,3 +500,24 @@ def test_no_thread_or_process_outlives_its_loader(photos, opened):
         loaders.close()
     assert ours() == []
     assert len(os.listdir("/proc/self/task")) <= before + 4  # DALI's own pool may stay
+
+
+@needs_dali
+def test_workers_are_forked_without_dead_dali_pipelines(photos, opened):
+    """One that is collected in a worker waits there for threads that it does not have: the batch would never come."""
+    pytest.importorskip("nvidia.dali")
+    collected = []
+
+    class Dead:
+        def __del__(self):
+            collected.append(os.getpid())
+
+    gc.disable()
+    try:
+        dead = Dead()
+        dead.itself = dead
+        del dead
+        take(opened(photos, "torch").train, 1)
+    finally:
+        gc.enable()
+    assert collected == [os.getpid()]

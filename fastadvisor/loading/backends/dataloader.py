@@ -1,8 +1,10 @@
 """The DataLoader of torch: each worker process makes whole batches, with torchvision's decoder and transforms."""
 
+import gc
 import os
 import resource
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing import queues
 from typing import Any
@@ -135,6 +137,9 @@ class TorchBackend:
             worker_init_fn=_set_up_worker,
             generator=torch.Generator(),  # without it, seeds would be drawn from the global one, which would change the run
         )
+        if self.workers and "nvidia.dali" in sys.modules:
+            # A dead DALI pipeline that a worker came to collect would wait there for its threads, which a fork leaves behind.
+            gc.collect()
         try:
             for decoded in loader:
                 if isinstance(decoded, UserError):
