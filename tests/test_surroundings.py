@@ -19,7 +19,7 @@ from PIL import Image
 
 import fastadvisor
 from fastadvisor import cli
-from fastadvisor.config import CheckConfig, CompareConfig, Config, resolve
+from fastadvisor.config import CheckConfig, CompareConfig, Config, add_method_settings, resolve
 from fastadvisor.datasets import load_source, prepare
 from fastadvisor.errors import Interrupted, UserError
 from fastadvisor.loading import build_loaders, cache_images
@@ -185,7 +185,7 @@ def test_every_flag_that_a_message_names_exists():
     known = {
         f"--{field.name.replace('_', '-')}"
         for kind in (Config, CompareConfig, CheckConfig)
-        for field in dataclasses.fields(kind)
+        for field in dataclasses.fields(add_method_settings(kind))
     }
     known |= {f"--no-{flag[2:]}" for flag in known}
     known |= {"--config", "--help", "--help-all", "--version", "--formats", "--checkpoint", "--json"}

@@ -12,7 +12,7 @@ import torch
 from fastadvisor import cli
 from fastadvisor.commands import dry_run
 from fastadvisor.commands import train as train_command
-from fastadvisor.commands.replay import replay
+from fastadvisor.commands.replay import _listening, replay
 from fastadvisor.commands.train import train_config
 from fastadvisor.config import Config, resolve
 from fastadvisor.datasets import load_source, prepare
@@ -111,7 +111,7 @@ def test_the_replayed_step_is_the_one_that_was_taken(tmp_path, monkeypatch, chan
 
     def listened(self, train, meta):
         modules = {"classifier": self.model.model, "advisor": self.method.advisor}
-        with replay_record._listening(modules, taken) if self.iteration == 5 else contextlib.nullcontext():
+        with _listening(modules, taken) if self.iteration == 5 else contextlib.nullcontext():
             return call(self, train, meta)
 
     def false_alarm(self, values, gradients):

@@ -160,7 +160,7 @@ def test_a_longer_tail_is_a_subset_of_a_shorter_one():
 def test_a_class_may_be_left_with_just_as_many_as_asked_for(leave):
     labels = np.repeat(np.arange(3), 4 + leave)
     every = np.ones(len(labels), dtype=np.bool_)
-    drawn = corruption.meta_split(labels, 4, "abc", every, rng(), leave)
+    drawn = corruption.draw_meta_set(labels, 4, "abc", every, rng(), leave)
     assert np.bincount(labels[drawn]).tolist() == [4, 4, 4]
     with pytest.raises(UserError, match="--meta-per-class 5"):
-        corruption.meta_split(labels, 5, "abc", every, rng(), leave)
+        corruption.draw_meta_set(labels, 5, "abc", every, rng(), leave)

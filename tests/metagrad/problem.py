@@ -155,7 +155,9 @@ def problem(method="mfrw-mes", network="batchnorm", dtype=torch.float64, method_
     model = split({**NETWORKS, **HEADS}[network](), network, (SIZE, SIZE), CLASSES).to(dtype)
     features = model.head.in_features
     kind = METHODS[method] if method_class is None else method_class
-    built = kind(kind.Settings(**settings), features, FACTS).to(dtype)
+    known = {field.name for field in dataclasses.fields(kind.Settings)}  # a method without β has none of its settings
+    own = kind.Settings(**{name: value for name, value in settings.items() if name in known})
+    built = kind(own, features, FACTS).to(dtype)
     generator = torch.Generator().manual_seed(3)
     return Problem(model, built, batch(16, generator, dtype), batch(10, generator, dtype))
 

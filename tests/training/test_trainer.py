@@ -17,6 +17,7 @@ from fastadvisor.iterations import Iteration
 from fastadvisor.loading.backends import dali
 from fastadvisor.models.cifar_resnet import CifarResNet
 from fastadvisor.training.epoch import step_ms
+from fastadvisor.training.messages import describe_meta_gradient
 from fastadvisor.training.trainer import Trainer
 
 needs_dali = pytest.mark.skipif(not dali.available(), reason="NVIDIA DALI is not installed")
@@ -214,25 +215,26 @@ def test_labels_change_in_training_and_nowhere_else():
 def test_approx_meta_is_a_set_of_settings_and_each_can_be_had_alone(capsys):
     run = trainer(approx_meta=True)
     chosen = "through the layers from layer2 up, tangents by differences; every 2 iterations; the advisor one step behind"
-    assert run.meta_gradient() == chosen
+    assert describe_meta_gradient(run.step) == chosen
     every = trainer(approx_meta=True, approx_layers="all", meta_interval=1)
-    assert every.meta_gradient() == "all layers, tangents by differences; the advisor one step behind"
-    assert trainer().meta_gradient() == "exact"
-    assert trainer(meta_interval=4).meta_gradient() == "exact; every 4 iterations"
-    assert trainer(virtual_gradient="actual").meta_gradient() == "exact; the advisor one step behind"
+    assert describe_meta_gradient(every.step) == "all layers, tangents by differences; the advisor one step behind"
+    assert describe_meta_gradient(trainer().step) == "exact"
+    assert describe_meta_gradient(trainer(meta_interval=4).step) == "exact; every 4 iterations"
+    assert describe_meta_gradient(trainer(virtual_gradient="actual").step) == "exact; the advisor one step behind"
     top = trainer(approx_meta=True, approx_stages=1, approx_tangent="forward", meta_interval=1)
-    assert top.meta_gradient() == "through the layers from layer3 up; the advisor one step behind"
+    assert describe_meta_gradient(top.step) == "through the layers from layer3 up; the advisor one step behind"
     few = trainer(approx_meta=True, approx_layers="learned", approx_budget=2, virtual_gradient="own", meta_interval=1)
-    assert few.meta_gradient() == "through 2 of 4 layers, chosen by learned samplers"
-    assert trainer(method="ce").meta_gradient() is None
+    assert describe_meta_gradient(few.step) == "through 2 of 4 layers, chosen by learned samplers"
+    assert describe_meta_gradient(trainer(method="ce").step) is None
     assert capsys.readouterr().out == ""
 
 
 def test_mixed_precision_takes_no_differences_and_l2rw_no_interval():
     assert (
-        trainer(approx_meta=True, method="l2rw").meta_gradient() == "through the layers from layer2 up, tangents by differences"
+        describe_meta_gradient(trainer(approx_meta=True, method="l2rw").step)
+        == "through the layers from layer2 up, tangents by differences"
     )
-    assert "differences" not in trainer(approx_meta=True, amp=True).meta_gradient()
+    assert "differences" not in describe_meta_gradient(trainer(approx_meta=True, amp=True).step)
 
 
 def test_a_meta_step_every_third_iteration(monkeypatch):
@@ -274,7 +276,7 @@ def test_watching_alone_does_not_change_a_run(tmp_path):
 )
 def test_a_model_that_cannot_be_cut_says_so_and_counts_all_layers(changes, caplog):
     run = trainer(approx_meta=True, **changes)
-    assert run.meta_gradient().startswith("all layers")
+    assert describe_meta_gradient(run.step).startswith("all layers")
     assert "layers" in caplog.text
 
 
