@@ -21,7 +21,11 @@ class Observer(Protocol):
     """Is told of every iteration and every epoch of a run, in their order, and changes nothing."""
 
     def step(self, result: StepResult, batch: Batch) -> None:
-        """Take note of an iteration on the training batch ``batch``. Reading a tensor of ``result`` waits for the device."""
+        """Take note of an iteration on the training batch ``batch``.
+
+        Reading a tensor of ``result`` waits for the device. With ``--cuda-graph`` the next iteration writes into it: copy what
+        is to be kept.
+        """
         ...
 
     def epoch(self, record: Mapping[str, Any]) -> None:

@@ -203,6 +203,8 @@ class Trainer:
         current = self.timetable.at(self.epoch)
         self._enter(current)
         self.method.begin_epoch(self.timetable.clock(self.epoch))
+        if self.take is not None and type(self.method).begin_epoch is not Method.begin_epoch:
+            self.take.reset()  # numbers that the method keeps on the host are constants of the graphs before
         self.model.train()
         self.timer.start()
         began, waited = time.perf_counter() - progress.seconds, self._waited() - progress.waited
